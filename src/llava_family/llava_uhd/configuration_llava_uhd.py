@@ -1,0 +1,215 @@
+"""Configuration of LLaVA-UHD, in the transformers layout and translated from the original release's flat one."""
+
+import json
+import math
+import os
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.utils import auto_docstring
+
+
+DEFAULT_NUM_QUERIES = {"spatial": 144, "perceiver": 64}
+
+
+@auto_docstring(checkpoint="guozonghao96/llava-uhd-144-13b")
+@strict
+class LlavaUhdVisionConfig(PreTrainedConfig):
+    r"""
+    image_size (`int`, *optional*, defaults to 336):
+        Side of the square images that the position table was trained on. Views of other sizes interpolate it.
+    vision_feature_layer (`int`, *optional*, defaults to -2):
+        The hidden state that is returned as image features, counted as in `hidden_states` (0 is the embeddings). Layers
+        above it are not built: no feature would ever depend on them.
+
+    The defaults are those of openai/clip-vit-large-patch14-336.
+    """
+
+    model_type = "llava_uhd_vision"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 336
+    patch_size: int = 14
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    vision_feature_layer: int = -2
+
+    @property
+    def num_feature_layers(self) -> int:
+        """Encoder layers below `vision_feature_layer`, the ones that are built and run."""
+        layer = self.vision_feature_layer
+        return layer if layer >= 0 else self.num_hidden_layers + 1 + layer
+
+    def validate_vision_feature_layer(self):
+        if not 0 <= self.num_feature_layers <= self.num_hidden_layers:
+            raise ValueError(
+                f"`vision_feature_layer` must lie in {-self.num_hidden_layers - 1}..{self.num_hidden_layers} for "
+                f"{self.num_hidden_layers} layers, but is {self.vision_feature_layer}."
+            )
+
+    def validate_attention_heads(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+
+
+@auto_docstring(checkpoint="guozonghao96/llava-uhd-144-13b")
+@strict
+class LlavaUhdConfig(PreTrainedConfig):
+    r"""
+    resampler_type (`"spatial"` or `"perceiver"`, *optional*, defaults to `"spatial"`):
+        `"spatial"` is the released model's: every query attends to its own region of the view. `"perceiver"` is the
+        arXiv paper's (section 3.3): every query attends to the whole view.
+    num_queries (`int`, *optional*):
+        Features per view, a square number. Defaults to 144 for `"spatial"` and 64 for `"perceiver"`.
+    resampler_num_attention_heads (`int`, *optional*):
+        Defaults to the text model's hidden size divided by 128.
+    resampler_layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+        Epsilon of the resampler's layer norms.
+    image_token_id (`int`, *optional*):
+        Id of the `<image>` placeholder. Defaults to the text vocabulary's size, one behind its last embedding: the
+        placeholder is never embedded, so the vocabulary and its logits stay those of the original.
+    base_size (`int`, *optional*, defaults to 336):
+        Side of the square whose area every view has, see [`plan_slices`].
+    max_slices (`int`, *optional*, defaults to 7):
+        Upper limit for the slices of one image, see [`plan_slices`].
+
+    Example:
+
+    ```python
+    >>> from llava_family import LlavaUhdConfig, LlavaUhdForConditionalGeneration
+
+    >>> configuration = LlavaUhdConfig(text_config={"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 2})
+    >>> configuration.num_queries
+    144
+    ```"""
+
+    model_type = "llava_uhd"
+    sub_configs_defaults = {
+        "vision_config": LlavaUhdVisionConfig,
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    resampler_type: Literal["spatial", "perceiver"] = "spatial"
+    num_queries: int | None = None
+    resampler_num_attention_heads: int | None = None
+    resampler_layer_norm_eps: float = 1e-6
+    image_token_id: int | None = None
+    base_size: int = 336
+    max_slices: int = 7
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.num_queries is None:
+            self.num_queries = DEFAULT_NUM_QUERIES[self.resampler_type]
+        if self.resampler_num_attention_heads is None:
+            self.resampler_num_attention_heads = max(self.text_config.hidden_size // 128, 1)
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size
+        # Text checkpoints such as Qwen2-0.5B carry the flag in their own config.
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+
+    def validate_num_queries(self):
+        if self.num_queries is not None and (self.num_queries < 1 or math.isqrt(self.num_queries) ** 2 != self.num_queries):
+            raise ValueError(f"`num_queries` must be a positive square number, but is {self.num_queries}.")
+
+    def validate_resampler_heads(self):
+        heads = self.resampler_num_attention_heads
+        if isinstance(self.text_config, PreTrainedConfig) and heads is not None:
+            if heads < 1 or self.text_config.hidden_size % heads:
+                raise ValueError(
+                    f"The text model's `hidden_size` ({self.text_config.hidden_size}) must be a multiple of "
+                    f"`resampler_num_attention_heads` ({heads})."
+                )
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        vision_tower = kwargs.pop("mm_vision_tower", None)
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if is_original_config(config_dict):
+            config_dict = translate_original_config(config_dict, str(pretrained_model_name_or_path), vision_tower)
+        return config_dict, kwargs
+
+
+def is_original_config(config_dict: dict[str, Any]) -> bool:
+    """Whether `config_dict` is the `config.json` of a LLaVA-UHD release by the original code."""
+    return config_dict.get("mm_projector_type") == "adapt_spatial_resampler"
+
+
+def translate_original_config(
+    config_dict: dict[str, Any], folder: str = ".", vision_tower: str | os.PathLike | None = None
+) -> dict[str, Any]:
+    """Translates the original's flat `llava_llama` configuration.
+
+    The original does not say how large its vision tower is, only where it lies (`mm_vision_tower`). A folder there, or
+    the one given as `vision_tower`, is read; without one a `mm_hidden_size` of 1024 is CLIP ViT-L/14-336, which all
+    releases use.
+
+    Args:
+        config_dict (`dict`): The original's `config.json`.
+        folder (`str`, *optional*, defaults to the working directory): Where it was read from.
+        vision_tower (`str` or `os.PathLike`, *optional*): Folder of the CLIP checkpoint, instead of `mm_vision_tower`.
+
+    Raises:
+        ValueError: if the vision tower's configuration cannot be found or does not fit.
+    """
+    text_keys = set(AutoConfig.for_model("llama").to_dict()) - {"model_type", "architectures", "transformers_version"}
+    text_config = {key: value for key, value in config_dict.items() if key in text_keys or key.startswith("rope_")}
+    vision_config = _read_vision_config(vision_tower, config_dict, folder)
+    vision_config["vision_feature_layer"] = config_dict.get("mm_vision_select_layer", -2)
+    translated = {
+        "model_type": LlavaUhdConfig.model_type,
+        "architectures": ["LlavaUhdForConditionalGeneration"],
+        "text_config": {"model_type": "llama", **text_config},
+        "vision_config": vision_config,
+        "tie_word_embeddings": config_dict.get("tie_word_embeddings", False),
+    }
+    dtype = config_dict.get("dtype", config_dict.get("torch_dtype"))
+    return translated if dtype is None else {**translated, "dtype": dtype}
+
+
+def _read_vision_config(
+    vision_tower: str | os.PathLike | None, config_dict: dict[str, Any], folder: str
+) -> dict[str, Any]:
+    name = str(config_dict.get("mm_vision_tower", config_dict.get("vision_tower", "")))
+    # The release names a path relative to its authors' working directory.
+    places = [str(vision_tower)] if vision_tower else [name, os.path.join(folder, name), os.path.join(folder, "..", name)]
+    vision_config = LlavaUhdVisionConfig().to_dict()
+    for place in places:
+        path = os.path.join(place, "config.json")
+        if name and os.path.isfile(path):
+            with open(path, encoding="utf-8") as file:
+                clip_config = json.load(file)
+            clip_config = clip_config.get("vision_config", clip_config)
+            vision_config.update({key: value for key, value in clip_config.items() if key in vision_config})
+            vision_config["model_type"] = LlavaUhdVisionConfig.model_type
+            break
+    else:
+        if vision_tower:
+            raise ValueError(f"`mm_vision_tower` must be the folder of a CLIP checkpoint, but {vision_tower} has no config.json.")
+    mm_hidden_size = config_dict.get("mm_hidden_size", vision_config["hidden_size"])
+    if vision_config["hidden_size"] != mm_hidden_size:
+        raise ValueError(
+            f"The configuration in {folder} has a vision tower of width {mm_hidden_size} (`mm_hidden_size`) at {name!r}, "
+            f"but the one found has width {vision_config['hidden_size']}. Pass `mm_vision_tower`, the folder of the CLIP "
+            "checkpoint it was trained with."
+        )
+    return vision_config
+
+
+__all__ = ["LlavaUhdConfig", "LlavaUhdVisionConfig"]

@@ -1,0 +1,797 @@
+"""PyTorch LLaVA-UHD model: CLIP over views of any shape, a resampler to a fixed number of features per view, a text model.
+
+Design choices:
+- All views of a batch are packed into one sequence, so every linear layer is one matrix product. Only attention looks
+  at single views: equal shapes are stacked, or, under flash attention, all of them run at once by `cu_seq_lens`.
+  Nothing is padded and nothing is masked, as in the original, which encodes one view at a time.
+- RoI align with axis-parallel regions on a regular grid is separable: two small matrices per patch grid sample the maps
+  of all views at once, exactly as the compiled kernel that the weights were trained with.
+- The image placeholder is no entry of the vocabulary. Logits, loss and generation are those of the original text model.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import AutoModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, torch_compilable_check
+from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_llava_uhd import LlavaUhdConfig, LlavaUhdVisionConfig
+from .weight_mapping_llava_uhd import original_weight_mapping
+
+
+# (width, height) of the samples per region, in the original's order: the first of equally good ones wins.
+POOLING_SIZES = ((4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4))
+
+
+@auto_docstring(custom_intro="Base class for LLaVA-UHD outputs, with hidden states of image and text.")
+@dataclass
+class LlavaUhdModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    image_hidden_states (`torch.FloatTensor` of shape `(num_features, hidden_size)`, *optional*):
+        Resampled features of all images of the batch, in the order of their placeholders.
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@auto_docstring(custom_intro="Base class for LLaVA-UHD causal language model outputs.")
+@dataclass
+class LlavaUhdCausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+        Language modeling loss (for next-token prediction).
+    logits (`torch.FloatTensor` of shape `(batch_size, sequence_length, config.text_config.vocab_size)`):
+        Prediction scores of the language modeling head (scores for each vocabulary token before SoftMax).
+    past_key_values (`Cache`, *optional*, returned when `use_cache=True` is passed or when `config.use_cache=True`):
+        Pre-computed hidden-states of the self-attention blocks, which speed up sequential decoding.
+    image_hidden_states (`torch.FloatTensor` of shape `(num_features, hidden_size)`, *optional*):
+        Resampled features of all images of the batch, in the order of their placeholders.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor] | None = None
+    attentions: tuple[torch.FloatTensor] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `(batch, heads, length, head_dim)` states without a mask: a view attends to itself alone."""
+    attention_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    attention_weights = nn.functional.softmax(attention_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attention_weights = nn.functional.dropout(attention_weights, p=dropout, training=module.training)
+    attention_output = torch.matmul(attention_weights, value).transpose(1, 2).contiguous()
+    return attention_output, attention_weights
+
+
+def packed_attention(
+    module: nn.Module,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    groups: list[tuple[int, int, int]],
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> torch.Tensor:
+    """Attention within the sequences that `groups` names, in packed states.
+
+    Args:
+        module (`nn.Module`): The attention layer, with `config`, `scaling` and `is_causal`.
+        queries (`torch.Tensor` of shape `(total_query_length, heads, head_dim)`): All sequences, one behind the other.
+        keys, values (`torch.Tensor` of shape `(total_key_length, heads, head_dim)`): Likewise.
+        groups (`list[tuple[int, int, int]]`): `(sequences, query length, key length)` of consecutive equal sequences.
+
+    Returns:
+        `torch.Tensor` of shape `(total_query_length, heads * head_dim)`.
+    """
+    attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    kwargs = {"scaling": module.scaling, "dropout": dropout, "is_causal": False, **kwargs}
+
+    if is_flash_attention_requested(module.config):
+        query_lengths = [query_length for count, query_length, _ in groups for _ in range(count)]
+        key_lengths = [key_length for count, _, key_length in groups for _ in range(count)]
+        states = [state.transpose(0, 1).unsqueeze(0) for state in (queries, keys, values)]
+        output, _ = attention_interface(
+            module,
+            *states,
+            attention_mask=None,
+            cu_seq_lens_q=_cumulative(query_lengths, queries.device),
+            cu_seq_lens_k=_cumulative(key_lengths, keys.device),
+            max_length_q=max(query_lengths),
+            max_length_k=max(key_lengths),
+            **kwargs,
+        )
+        return output.reshape(queries.shape[0], -1)
+
+    outputs, query_start, key_start = [], 0, 0
+    for count, query_length, key_length in groups:
+        query_end, key_end = query_start + count * query_length, key_start + count * key_length
+        query = queries[query_start:query_end].unflatten(0, (count, query_length)).transpose(1, 2)
+        key = keys[key_start:key_end].unflatten(0, (count, key_length)).transpose(1, 2)
+        value = values[key_start:key_end].unflatten(0, (count, key_length)).transpose(1, 2)
+        output, _ = attention_interface(module, query, key, value, attention_mask=None, **kwargs)
+        outputs.append(output.reshape(count * query_length, -1))
+        query_start, key_start = query_end, key_end
+    return torch.cat(outputs)
+
+
+def _cumulative(lengths: list[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+
+
+def _consecutive(grids: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int]]:
+    """Runs of equal patch grids: `(grid, number of views)`."""
+    return [(grid, len(list(run))) for grid, run in groupby(grids)]
+
+
+class LlavaUhdVisionEmbeddings(nn.Module):
+    def __init__(self, config: LlavaUhdVisionConfig):
+        super().__init__()
+        self.config = config
+        self.table_size = config.image_size // config.patch_size
+        self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=False,
+        )
+        self.position_embedding = nn.Embedding(self.table_size**2 + 1, config.hidden_size)
+
+    def interpolate_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Position table of a `(rows, columns)` grid, `(1 + rows * columns, hidden_size)`, in the parameters' dtype."""
+        table = self.position_embedding.weight
+        if grid == (self.table_size, self.table_size):
+            return table
+        square = table[1:].T.reshape(1, -1, self.table_size, self.table_size)
+        resized = nn.functional.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat([table[:1], resized[0].flatten(1).T])
+
+    def forward(self, pixel_values: torch.Tensor, view_grids: list[tuple[int, int]]) -> torch.Tensor:
+        weight = self.patch_embedding.weight
+        # Patches arrive cut out, so the convolution is a matrix product.
+        patches = nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1))
+        embeddings, start = [], 0
+        for grid, count in _consecutive(view_grids):
+            end = start + count * grid[0] * grid[1]
+            stacked = patches[start:end].unflatten(0, (count, -1))
+            class_embeddings = self.class_embedding.expand(count, 1, -1)
+            stacked = torch.cat([class_embeddings, stacked], dim=1) + self.interpolate_positions(grid)
+            embeddings.append(stacked.flatten(0, 1))
+            start = end
+        return torch.cat(embeddings)  # (total_length, hidden_size)
+
+
+class LlavaUhdVisionAttention(nn.Module):
+    def __init__(self, config: LlavaUhdVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.num_key_value_groups = 1
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        groups: list[tuple[int, int, int]],
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        queries, keys, values = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attention_output = packed_attention(self, queries, keys, values, groups, dropout=dropout, **kwargs)
+        return self.out_proj(attention_output)
+
+
+class LlavaUhdVisionMLP(nn.Module):
+    def __init__(self, config: LlavaUhdVisionConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class LlavaUhdVisionEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LlavaUhdVisionConfig):
+        super().__init__()
+        self.self_attn = LlavaUhdVisionAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = LlavaUhdVisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        groups: list[tuple[int, int, int]],
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), groups, **kwargs)
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class LlavaUhdVisionEncoder(nn.Module):
+    def __init__(self, config: LlavaUhdVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList([LlavaUhdVisionEncoderLayer(config) for _ in range(config.num_feature_layers)])
+        self.gradient_checkpointing = False
+
+
+@auto_docstring
+class LlavaUhdPreTrainedModel(PreTrainedModel):
+    config: LlavaUhdConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlavaUhdVisionEmbeddings", "LlavaUhdVisionEncoderLayer", "LlavaUhdResampler"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, LlavaUhdVisionEmbeddings):
+            init.normal_(module.class_embedding, std=module.config.hidden_size**-0.5)
+        elif isinstance(module, LlavaUhdResampler):
+            init.trunc_normal_(module.query, std=0.02)
+            init.copy_(module.pos_embed, sincos_positions(*module.pos_embed.shape))
+            init.normal_(module.output_proj.weight, std=module.output_proj.in_features**-0.5)
+            for projection in (module.kv_proj, module.attention.out_proj):
+                if isinstance(projection, nn.Linear):
+                    init.trunc_normal_(projection.weight, std=0.02)
+        elif isinstance(module, LlavaUhdResamplerAttention):
+            # Xavier of the original's stacked (3 * hidden_size, hidden_size) projection
+            bound = math.sqrt(6 / (4 * module.q_proj.in_features))
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.uniform_(projection.weight, -bound, bound)
+
+
+@auto_docstring(
+    custom_intro="""
+    The CLIP vision transformer of LLaVA-UHD, for views of any shape: its position table is interpolated to each view's
+    patch grid. It ends with the layer that `config.vision_feature_layer` names.
+    """
+)
+class LlavaUhdVisionModel(LlavaUhdPreTrainedModel):
+    config: LlavaUhdVisionConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+    _can_record_outputs = {"hidden_states": LlavaUhdVisionEncoderLayer}
+
+    def __init__(self, config: LlavaUhdVisionConfig):
+        super().__init__(config)
+        self.embeddings = LlavaUhdVisionEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's own spelling
+        self.encoder = LlavaUhdVisionEncoder(config)
+        # CLIP checkpoints hold more than what the features depend on.
+        unused_layers = range(config.num_feature_layers, config.num_hidden_layers)
+        self._keys_to_ignore_on_load_unexpected = [
+            r"post_layernorm\.",
+            *(rf"encoder\.layers\.{layer}\." for layer in unused_layers),
+        ]
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        view_grids: list[tuple[int, int]],
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(total_patches, num_channels * patch_size**2)`):
+            Patches of all views, one view behind the other, each row by row.
+        view_grids (`list[tuple[int, int]]`):
+            `(rows, columns)` of patches of every view. Views of equal shape run fastest beside each other.
+
+        Returns `last_hidden_state` of shape `(total_patches, hidden_size)`, without the class embeddings.
+        """
+        groups = [(count, grid[0] * grid[1] + 1, grid[0] * grid[1] + 1) for grid, count in _consecutive(view_grids)]
+        hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, view_grids))
+        for layer in self.encoder.layers:
+            hidden_states = layer(hidden_states, groups, **kwargs)
+        stacked = hidden_states.split([count * length for count, length, _ in groups])
+        patches = [
+            states.unflatten(0, (count, length))[:, 1:].flatten(0, 1)
+            for states, (count, length, _) in zip(stacked, groups)
+        ]
+        return BaseModelOutputWithPooling(last_hidden_state=torch.cat(patches))
+
+
+def sincos_positions(num_positions: int, dim: int) -> torch.Tensor:
+    """The resampler's position table, `(num_positions, dim)` in float32: a square's columns, then its rows, as sines."""
+    side = math.isqrt(num_positions)
+    frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim / 4))
+    angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, dim / 2)
+    return torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, dim=0)], dim=1)
+
+
+def pooling_size(grid: tuple[int, int]) -> tuple[int, int]:
+    """`(rows, columns)` of samples that every region of a `(rows, columns)` patch grid is pooled to."""
+    aspect_ratio = math.log(grid[1] / grid[0])
+    width, height = min(POOLING_SIZES, key=lambda size: abs(aspect_ratio - math.log(size[0] / size[1])))
+    return height, width
+
+
+@lru_cache(maxsize=256)
+def region_sampling_weights(
+    grid: tuple[int, int], regions: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RoI align of `regions` x `regions` equal boxes over a patch grid, as one matrix for each axis.
+
+    A box's samples form a grid and bilinear interpolation is a product over the axes, hence pooling a `(rows, columns)`
+    map `M` is `row_weights @ M @ column_weights.T`. The numbers are those of torchvision's compiled kernel with
+    `aligned=False, sampling_ratio=-1`: cell centres lie at integers, samples beyond the map count as zeros, and regions
+    of less than one patch are enlarged to one. The weights were trained with all of this, and with box corners rounded
+    to `dtype`.
+
+    Args:
+        grid (`tuple[int, int]`): `(rows, columns)` of patches.
+        regions (`int`): Regions along each axis.
+        dtype (`torch.dtype`): Of the feature maps.
+
+    Returns:
+        Two `torch.Tensor` in float32, `(regions * pooled_rows, rows)` and `(regions * pooled_columns, columns)`.
+    """
+    rows, columns = grid
+    pooled_rows, pooled_columns = pooling_size(grid)
+    box_height = math.sqrt(rows * columns / regions**2 / (columns / rows))
+    box_width = box_height * (columns / rows)
+    return (
+        _axis_sampling_weights(box_height, regions, pooled_rows, rows, dtype),
+        _axis_sampling_weights(box_width, regions, pooled_columns, columns, dtype),
+    )
+
+
+def _axis_sampling_weights(box: float, regions: int, bins: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    corners = torch.tensor([[i * box, i * box + box] for i in range(regions)], dtype=torch.float64)
+    start, end = corners.float().to(dtype).float().unbind(1)
+    extent = (end - start).clamp(min=1.0)
+    bin_size = extent / bins
+    samples = torch.ceil(extent / bins)  # per region: rounding of its corners can turn one sample into two
+    sample = torch.arange(int(samples.max()), dtype=torch.float32)
+    bin_start = start[:, None] + torch.arange(bins, dtype=torch.float32) * bin_size[:, None]
+    step = (sample + 0.5) * bin_size[:, None] / samples[:, None]
+    position = bin_start[:, :, None] + step[:, None, :]  # (regions, bins, samples)
+    counted = (sample < samples[:, None])[:, None, :] & (position >= -1.0) & (position <= length)
+
+    position = position.clamp(min=0.0)
+    low = position.floor().clamp(max=length - 1)
+    fraction = torch.where(low >= length - 1, 0.0, position - low)
+    high = (low + 1).clamp(max=length - 1)
+    share = counted / samples[:, None, None]
+    weights = torch.zeros(regions, bins, length)
+    weights.scatter_add_(2, low.long(), (1.0 - fraction) * share)
+    weights.scatter_add_(2, high.long(), fraction * share)
+    return weights.flatten(0, 1)
+
+
+class LlavaUhdResamplerAttention(nn.Module):
+    """Multi-head attention of the learned queries to patches; `queries_per_problem` of them share one set of keys."""
+
+    def __init__(self, config: LlavaUhdConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.config = config
+        self.head_dim = hidden_size // config.resampler_num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.num_key_value_groups = 1
+        self.queries_per_problem = 1 if config.resampler_type == "spatial" else config.num_queries
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        groups: list[tuple[int, int]],
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """`queries` (num_queries, hidden_size); `keys`, `values` packed; `groups` (problems, keys per problem)."""
+        num_views = sum(problems for problems, _ in groups) * self.queries_per_problem // queries.shape[0]
+        queries = self.q_proj(queries).unflatten(-1, (-1, self.head_dim)).repeat(num_views, 1, 1)
+        keys = self.k_proj(keys).unflatten(-1, (-1, self.head_dim))
+        values = self.v_proj(values).unflatten(-1, (-1, self.head_dim))
+        attention_groups = [(problems, self.queries_per_problem, length) for problems, length in groups]
+        return self.out_proj(packed_attention(self, queries, keys, values, attention_groups, **kwargs))
+
+
+class LlavaUhdResampler(nn.Module):
+    """Compresses every view to `num_queries` features of the text model's width (paper, section 3.3).
+
+    Released weights use the spatially constrained form: query `i` attends to the `i`-th region of the view alone.
+    """
+
+    def __init__(self, config: LlavaUhdConfig):
+        super().__init__()
+        hidden_size, vision_size = config.text_config.hidden_size, config.vision_config.hidden_size
+        self.config = config
+        self.side = math.isqrt(config.num_queries)
+        self.query = nn.Parameter(torch.zeros(config.num_queries, hidden_size))
+        # A buffer, since the original never trains it; saved, since releases hold it rounded to bfloat16
+        self.pos_embed = nn.Buffer(torch.zeros(config.num_queries, hidden_size))
+        has_projection = vision_size != hidden_size
+        self.kv_proj = nn.Linear(vision_size, hidden_size, bias=False) if has_projection else nn.Identity()
+        self.attention = LlavaUhdResamplerAttention(config)
+        self.ln_q = nn.LayerNorm(hidden_size, eps=config.resampler_layer_norm_eps)
+        self.ln_kv = nn.LayerNorm(hidden_size, eps=config.resampler_layer_norm_eps)
+        self.ln_post = nn.LayerNorm(hidden_size, eps=config.resampler_layer_norm_eps)
+        self.output_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def interpolate_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Position table of a `(rows, columns)` patch grid, `(rows * columns, hidden_size)`; resized in float32."""
+        square = self.pos_embed.float().T.reshape(1, -1, self.side, self.side)
+        resized = nn.functional.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+        return resized[0].flatten(1).T.to(self.pos_embed.dtype)
+
+    def sample_regions(self, maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """RoI-aligns `(views, rows * columns, channels)` maps to `(views * num_queries * samples, channels)`."""
+        row_weights, column_weights = region_sampling_weights(grid, self.side, maps.dtype)
+        views, _, channels = maps.shape
+        sampled = torch.matmul(row_weights.to(maps.device), maps.float().view(views, grid[0], grid[1] * channels))
+        sampled = sampled.view(views, -1, grid[1], channels)  # (views, side * pooled_rows, columns, channels)
+        sampled = torch.matmul(column_weights.to(maps.device), sampled).to(maps.dtype)
+        sampled = sampled.unflatten(2, (self.side, -1)).unflatten(1, (self.side, -1))
+        return sampled.transpose(2, 3).reshape(-1, channels)
+
+    def forward(
+        self, vision_features: torch.Tensor, view_grids: list[tuple[int, int]], **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """`(total_patches, vision_hidden_size)` packed features of all views to `(views, num_queries, hidden_size)`."""
+        features = self.ln_kv(self.kv_proj(vision_features))
+        keys, values, groups, start = [], [], [], 0
+        for grid, count in _consecutive(view_grids):
+            end = start + count * grid[0] * grid[1]
+            value_maps = features[start:end].unflatten(0, (count, -1))
+            key_maps = value_maps + self.interpolate_positions(grid).to(features.dtype)
+            if self.config.resampler_type == "spatial":
+                both = self.sample_regions(torch.cat([key_maps, value_maps], dim=-1), grid)
+                key, value = both.chunk(2, dim=-1)
+                groups.append((count * len(self.query), math.prod(pooling_size(grid))))
+            else:
+                key, value = key_maps.flatten(0, 1), value_maps.flatten(0, 1)
+                groups.append((count, grid[0] * grid[1]))
+            keys.append(key)
+            values.append(value)
+            start = end
+        queries = self.ln_q(self.query) + self.pos_embed.to(features.dtype)
+        output = self.attention(queries, torch.cat(keys), torch.cat(values), groups, **kwargs)
+        return self.output_proj(self.ln_post(output)).unflatten(0, (-1, len(self.query)))
+
+
+def view_grids_of(image_grids: torch.Tensor) -> list[list[tuple[int, int]]]:
+    """`(rows, columns)` of patches of every view of every image, from the processor's `image_grids`.
+
+    Raises:
+        ValueError: if `image_grids` is not of shape `(num_images, 3, 2)` or holds an impossible grid.
+    """
+    if image_grids.ndim != 3 or image_grids.shape[1:] != (3, 2):
+        raise ValueError(f"`image_grids` must have shape (num_images, 3, 2), but has {tuple(image_grids.shape)}.")
+    view_grids = []
+    for index, ((rows, columns), slice_grid, overview_grid) in enumerate(image_grids.tolist()):
+        used = [*overview_grid, *(slice_grid if rows * columns else ())]
+        if min(rows, columns) < 0 or min(used) < 1:
+            raise ValueError(f"`image_grids[{index}]` describes no views: {image_grids[index].tolist()}.")
+        view_grids.append([tuple(slice_grid)] * (rows * columns) + [tuple(overview_grid)])
+    return view_grids
+
+
+@auto_docstring(
+    custom_intro="""
+    The LLaVA-UHD model which consists of a vision backbone, a resampler and a language model, without a language
+    modeling head.
+    """
+)
+class LlavaUhdModel(LlavaUhdPreTrainedModel):
+    def __init__(self, config: LlavaUhdConfig):
+        super().__init__(config)
+        self.vision_tower = LlavaUhdVisionModel._from_config(config.vision_config)
+        self.resampler = LlavaUhdResampler(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(custom_intro="Encodes all views of all images and resamples each to `num_queries` features.")
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_grids: torch.LongTensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(total_patches, num_channels * patch_size**2)`):
+            Patches of all views of all images, slices row by row and then the overview of each image.
+        image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`):
+            `(rows, columns)` of each image's slices, of the patches of one slice, and of the patches of its overview.
+
+        Returns `pooler_output`, for every image a tensor of shape `(views * num_queries, hidden_size)`, and
+        `last_hidden_state` of shape `(total_patches, vision_hidden_size)`, the vision encoder's features.
+        """
+        grids_per_image = view_grids_of(image_grids)
+        view_grids = [grid for grids in grids_per_image for grid in grids]
+        patch_counts = [rows * columns for rows, columns in view_grids]
+        if pixel_values.ndim != 2 or pixel_values.shape[0] != sum(patch_counts):
+            raise ValueError(
+                f"`pixel_values` must have one row for each of the {sum(patch_counts)} patches that `image_grids` "
+                f"describes, but has shape {tuple(pixel_values.shape)}."
+            )
+        # Views of equal shape are brought together, whichever image they belong to.
+        order = sorted(range(len(view_grids)), key=view_grids.__getitem__)
+        patches = pixel_values.split(patch_counts)
+        ordered_grids = [view_grids[i] for i in order]
+        vision_outputs = self.vision_tower(
+            torch.cat([patches[i] for i in order]), ordered_grids, return_dict=True, **kwargs
+        )
+        features = self.resampler(vision_outputs.last_hidden_state, ordered_grids)
+
+        back = sorted(range(len(order)), key=order.__getitem__)
+        vision_features = vision_outputs.last_hidden_state.split([patch_counts[i] for i in order])
+        vision_outputs.last_hidden_state = torch.cat([vision_features[i] for i in back])
+        vision_outputs.pooler_output = [
+            image_features.flatten(0, 1)
+            for image_features in features[back].split([len(grids) for grids in grids_per_image])
+        ]
+        return vision_outputs
+
+    def get_placeholder_mask(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor,
+        image_features: torch.FloatTensor,
+    ) -> torch.BoolTensor:
+        """
+        Obtains the mask of image placeholders, and checks that there are as many of them as image features.
+        """
+        if input_ids is not None:
+            mask = input_ids == self.config.image_token_id
+        elif self.config.image_token_id < self.config.text_config.vocab_size:
+            token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            raise ValueError(
+                "Images cannot be merged into `inputs_embeds` alone, since their placeholder has no embedding. Pass "
+                "`input_ids` with the images, or `inputs_embeds` into which `get_image_features` are merged already."
+            )
+        num_placeholders, num_features = mask.sum(), image_features.shape[0]
+        torch_compilable_check(
+            num_placeholders == num_features,
+            f"Image features and image tokens do not match, tokens: {num_placeholders}, features: {num_features}",
+        )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def _embed_tokens(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
+        if self.config.image_token_id >= self.config.text_config.vocab_size:
+            input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+        return self.get_input_embeddings()(input_ids)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaUhdModelOutputWithPast:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(total_patches, num_channels * patch_size**2)`, *optional*):
+            Patches of all views of all images, slices row by row and then the overview of each image.
+        image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`, *optional*):
+            `(rows, columns)` of each image's slices, of the patches of one slice, and of the patches of its overview.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if (pixel_values is None) != (image_grids is None):
+            raise ValueError("`pixel_values` and `image_grids` belong together: pass both, as the processor returns them.")
+
+        if inputs_embeds is None:
+            inputs_embeds = self._embed_tokens(input_ids)
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, image_grids, return_dict=True)
+        image_features = None
+        if image_outputs is not None:
+            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
+
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            # Counted from the first real token, so that a padded row gets the positions it has alone.
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return LlavaUhdModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+        )
+
+
+class _InVocabularyLogitsProcessorList(LogitsProcessorList):
+    """Hides image placeholders from processors that look scores up by prompt token, such as the repetition penalty."""
+
+    def __init__(self, processors: LogitsProcessorList, image_token_id: int):
+        super().__init__(processors)
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
+        if self.image_token_id >= scores.shape[-1]:
+            input_ids = input_ids.masked_fill(input_ids == self.image_token_id, 0)
+        return super().__call__(input_ids, scores, **kwargs)
+
+
+@auto_docstring(
+    custom_intro="""
+    The LLaVA-UHD model (arXiv 2403.11703): a language model that sees images of any aspect ratio and high resolution as
+    adaptively cut slices and an overview.
+    """
+)
+class LlavaUhdForConditionalGeneration(LlavaUhdPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: LlavaUhdConfig):
+        super().__init__(config)
+        self.model = LlavaUhdModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    @auto_docstring
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_grids: torch.LongTensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(total_patches, num_channels * patch_size**2)`):
+            Patches of all views of all images, slices row by row and then the overview of each image.
+        image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`):
+            `(rows, columns)` of each image's slices, of the patches of one slice, and of the patches of its overview.
+        """
+        return self.model.get_image_features(pixel_values=pixel_values, image_grids=image_grids, **kwargs)
+
+    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return _InVocabularyLogitsProcessorList(processors, self.config.image_token_id)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaUhdCausalLMOutputWithPast:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(total_patches, num_channels * patch_size**2)`, *optional*):
+            Patches of all views of all images, slices row by row and then the overview of each image.
+        image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`, *optional*):
+            `(rows, columns)` of each image's slices, of the patches of one slice, and of the patches of its overview.
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from llava_family import LlavaUhdForConditionalGeneration, LlavaUhdProcessor
+
+        >>> model = LlavaUhdForConditionalGeneration.from_pretrained("path/to/llava-uhd-144-13b")
+        >>> processor = LlavaUhdProcessor.from_pretrained("path/to/llava-uhd-144-13b")
+        >>> messages = [
+        ...     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What does the sign say?"}]}
+        ... ]
+        >>> prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        >>> inputs = processor(images=Image.open("street.jpg"), text=prompt, return_tensors="pt")
+        >>> generated = model.generate(**inputs, max_new_tokens=64)
+        >>> print(processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        ```"""
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_grids=image_grids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return LlavaUhdCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+
+# Classes outside of transformers get no conversion of their own, see https://github.com/huggingface/transformers/pull/46876
+register_checkpoint_conversion_mapping(LlavaUhdConfig.model_type, original_weight_mapping(), overwrite=True)
+
+
+__all__ = ["LlavaUhdForConditionalGeneration", "LlavaUhdModel", "LlavaUhdPreTrainedModel", "LlavaUhdVisionModel"]
