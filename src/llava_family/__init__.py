@@ -1,0 +1,58 @@
+"""LLaVA research models as first-class transformers families.
+
+Importing this package registers the families with transformers' Auto classes; nothing heavy is imported before the
+first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .auto import register_on_first_use
+
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "llava_uhd.configuration_llava_uhd": ("LlavaUhdConfig", "LlavaUhdVisionConfig"),
+    "llava_uhd.image_processing_llava_uhd": ("LlavaUhdImageProcessor",),
+    "llava_uhd.image_processing_pil_llava_uhd": ("LlavaUhdImageProcessorPil",),
+    "llava_uhd.modeling_llava_uhd": (
+        "LlavaUhdForConditionalGeneration",
+        "LlavaUhdModel",
+        "LlavaUhdPreTrainedModel",
+        "LlavaUhdVisionModel",
+    ),
+    "llava_uhd.processing_llava_uhd": ("LlavaUhdProcessor",),
+    "llava_uhd.slicing_llava_uhd": ("SlicePlan", "plan_slices"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+if TYPE_CHECKING:
+    from .llava_uhd.configuration_llava_uhd import LlavaUhdConfig, LlavaUhdVisionConfig
+    from .llava_uhd.image_processing_llava_uhd import LlavaUhdImageProcessor
+    from .llava_uhd.image_processing_pil_llava_uhd import LlavaUhdImageProcessorPil
+    from .llava_uhd.modeling_llava_uhd import (
+        LlavaUhdForConditionalGeneration,
+        LlavaUhdModel,
+        LlavaUhdPreTrainedModel,
+        LlavaUhdVisionModel,
+    )
+    from .llava_uhd.processing_llava_uhd import LlavaUhdProcessor
+    from .llava_uhd.slicing_llava_uhd import SlicePlan, plan_slices
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_on_first_use()

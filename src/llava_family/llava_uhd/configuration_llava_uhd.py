@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +11,29 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.utils import auto_docstring
 
+
+# What the original's flat configuration says about its language model
+ORIGINAL_TEXT_KEYS = (
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
 
 DEFAULT_NUM_QUERIES = {"spatial": 144, "perceiver": 64}
 
@@ -146,6 +170,24 @@ class LlavaUhdConfig(PreTrainedConfig):
         return config_dict, kwargs
 
 
+class LlavaLlamaConfig(PreTrainedConfig):
+    """The `config.json` of an original release, whose model type is shared with LLaVA-1.5: becomes a [`LlavaUhdConfig`]."""
+
+    model_type = "llava_llama"
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        folder = str(kwargs.get("name_or_path", "."))
+        if not is_original_config(config_dict):
+            raise ValueError(
+                f"The `llava_llama` configuration in {folder} is not LLaVA-UHD's: its `mm_projector_type` is "
+                f"{config_dict.get('mm_projector_type')!r}, not 'adapt_spatial_resampler'. LLaVA-1.5 checkpoints are on "
+                "the Hub in transformers' own format under llava-hf."
+            )
+        translated = translate_original_config(config_dict, folder, kwargs.pop("mm_vision_tower", None))
+        return LlavaUhdConfig.from_dict(translated, **kwargs)
+
+
 def is_original_config(config_dict: dict[str, Any]) -> bool:
     """Whether `config_dict` is the `config.json` of a LLaVA-UHD release by the original code."""
     return config_dict.get("mm_projector_type") == "adapt_spatial_resampler"
@@ -168,8 +210,11 @@ def translate_original_config(
     Raises:
         ValueError: if the vision tower's configuration cannot be found or does not fit.
     """
-    text_keys = set(AutoConfig.for_model("llama").to_dict()) - {"model_type", "architectures", "transformers_version"}
-    text_config = {key: value for key, value in config_dict.items() if key in text_keys or key.startswith("rope_")}
+    text_config = {
+        key: value
+        for key, value in config_dict.items()
+        if key in ORIGINAL_TEXT_KEYS and value is not None
+    }
     vision_config = _read_vision_config(vision_tower, config_dict, folder)
     vision_config["vision_feature_layer"] = config_dict.get("mm_vision_select_layer", -2)
     translated = {
@@ -189,7 +234,8 @@ def _read_vision_config(
     name = str(config_dict.get("mm_vision_tower", config_dict.get("vision_tower", "")))
     # The release names a path relative to its authors' working directory.
     places = [str(vision_tower)] if vision_tower else [name, os.path.join(folder, name), os.path.join(folder, "..", name)]
-    vision_config = LlavaUhdVisionConfig().to_dict()
+    names = [field.name for field in fields(LlavaUhdVisionConfig) if field.name in LlavaUhdVisionConfig.__annotations__]
+    vision_config = {name: getattr(LlavaUhdVisionConfig(), name) for name in names}
     for place in places:
         path = os.path.join(place, "config.json")
         if name and os.path.isfile(path):
@@ -197,7 +243,6 @@ def _read_vision_config(
                 clip_config = json.load(file)
             clip_config = clip_config.get("vision_config", clip_config)
             vision_config.update({key: value for key, value in clip_config.items() if key in vision_config})
-            vision_config["model_type"] = LlavaUhdVisionConfig.model_type
             break
     else:
         if vision_tower:

@@ -2,6 +2,8 @@
 
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
+from .configuration_llava_uhd import LlavaUhdVisionConfig
+
 
 def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
     """The transforms that turn an original checkpoint into a native one. On a native checkpoint none of them matches."""
@@ -28,4 +30,15 @@ def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
     ]
 
 
-__all__ = ["original_weight_mapping"]
+def unused_original_weights(config: LlavaUhdVisionConfig) -> dict[str, str]:
+    """Why a tensor of an original vision tower has no parameter, by regular expression for its name in either format."""
+    unused_layers = range(config.num_feature_layers, config.num_hidden_layers)
+    above = "the image features are taken below it"
+    return {
+        r"post_layernorm\.": above,
+        **{rf"encoder\.layers\.{layer}\.": above for layer in unused_layers},
+        r"embeddings\.position_ids$": "a constant that older CLIP checkpoints store",
+    }
+
+
+__all__ = ["original_weight_mapping", "unused_original_weights"]

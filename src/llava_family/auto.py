@@ -1,0 +1,160 @@
+"""Registers the model families with transformers' Auto classes, without importing torch before anyone asks for a model.
+
+`.register` wants classes, and importing them costs seconds. So `import llava_family` only puts a note into the Auto
+mappings: the first time that one of them is read, all families are imported and registered. transformers itself has no
+plugin discovery.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+import threading
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+
+# Auto module -> its mappings that our classes are registered with
+AUTO_MAPPINGS = {
+    "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING",),
+    "transformers.models.auto.modeling_auto": (
+        "MODEL_MAPPING",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+    ),
+    "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING",),
+    "transformers.models.auto.image_processing_auto": ("IMAGE_PROCESSOR_MAPPING",),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of the classes of one family, and the model types that the original code's configurations have."""
+
+    model_type: str
+    prefix: str
+    head: str
+    original_configs: tuple[str, ...] = ()
+
+    def load(self, module: str, suffix: str):
+        return getattr(import_module(f".{self.model_type}.{module}_{self.model_type}", __package__), suffix)
+
+
+FAMILIES = (Family("llava_uhd", "LlavaUhd", "LlavaUhdForConditionalGeneration", ("LlavaLlamaConfig",)),)
+
+
+def register() -> None:
+    """Registers the classes of all families with transformers' Auto classes. Calling it again changes nothing."""
+    import transformers
+    from transformers.models.auto import image_processing_auto, modeling_auto
+
+    for family in FAMILIES:
+        prefix = family.prefix
+        config = family.load("configuration", f"{prefix}Config")
+        vision_config = family.load("configuration", f"{prefix}VisionConfig")
+        originals = [family.load("configuration", name) for name in family.original_configs]
+        for config_class in (config, vision_config, *originals):
+            transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+        head = family.load("modeling", family.head)
+        transformers.AutoModel.register(vision_config, family.load("modeling", f"{prefix}VisionModel"), exist_ok=True)
+        transformers.AutoModel.register(config, family.load("modeling", f"{prefix}Model"), exist_ok=True)
+        transformers.AutoModelForImageTextToText.register(config, head, exist_ok=True)
+        transformers.AutoModelForMultimodalLM.register(config, head, exist_ok=True)
+        transformers.AutoProcessor.register(config, family.load("processing", f"{prefix}Processor"), exist_ok=True)
+        image_processors = {
+            "torchvision": family.load("image_processing", f"{prefix}ImageProcessor"),
+            "pil": family.load("image_processing_pil", f"{prefix}ImageProcessorPil"),
+        }
+        transformers.AutoImageProcessor.register(config, image_processor_classes=image_processors, exist_ok=True)
+
+        # `transformers serve` looks class names up in these tables, which `.register` does not fill.
+        for table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
+            getattr(modeling_auto, table, {})[family.model_type] = family.head
+        # The PIL backend has the original's pixels, so it stays the default where torchvision is installed.
+        pil_by_default = getattr(image_processing_auto, "DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS", [])
+        if f"{prefix}ImageProcessor" not in pil_by_default:
+            pil_by_default.append(f"{prefix}ImageProcessor")
+
+
+def register_on_first_use() -> None:
+    """Arranges that `register` runs before transformers' Auto classes are first read, now or once they are imported."""
+    for name in AUTO_MAPPINGS:
+        if name in sys.modules:
+            _watch_mappings(sys.modules[name])
+    if not any(isinstance(finder, _AutoModuleFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AutoModuleFinder())
+
+
+def _watch_mappings(module: ModuleType) -> None:
+    for name in AUTO_MAPPINGS[module.__name__]:
+        mapping = getattr(module, name)
+        if not isinstance(mapping._extra_content, _WatchedRegistrations):
+            mapping._extra_content = _WatchedRegistrations(mapping._extra_content)
+
+
+_lock = threading.RLock()
+_registered = False
+
+
+def _register_once() -> None:
+    global _registered
+    with _lock:
+        if not _registered:
+            _registered = True  # before the fact: registering reads the mappings itself
+            try:
+                register()
+            except BaseException:
+                _registered = False
+                raise
+
+
+class _WatchedRegistrations(dict):
+    """The registered classes of an Auto mapping; whoever reads them first has ours registered."""
+
+    def __contains__(self, key):
+        _register_once()
+        return super().__contains__(key)
+
+    def __getitem__(self, key):
+        _register_once()
+        return super().__getitem__(key)
+
+    def __iter__(self):
+        _register_once()
+        return super().__iter__()
+
+    def __len__(self):
+        _register_once()
+        return super().__len__()
+
+    def keys(self):
+        _register_once()
+        return super().keys()
+
+    def values(self):
+        _register_once()
+        return super().values()
+
+    def items(self):
+        _register_once()
+        return super().items()
+
+
+class _AutoModuleFinder(importlib.abc.MetaPathFinder):
+    """Watches the mappings of an Auto module as soon as it has been imported; loading is left to Python's own loader."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in AUTO_MAPPINGS:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_watch(module: ModuleType) -> None:
+            execute(module)
+            _watch_mappings(module)
+
+        spec.loader.exec_module = execute_and_watch
+        return spec

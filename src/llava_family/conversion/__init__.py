@@ -1,0 +1,18 @@
+"""Safe reading, planning and streaming writing of checkpoints. Nothing here knows a model family."""
+
+from .mapping import ConversionPlan, ConversionStep, plan_conversion
+from .reading import CheckpointReader, TensorInfo, resolve_checkpoint
+from .writing import atomic_folder, check_output_folder, write_sharded
+
+
+__all__ = [
+    "CheckpointReader",
+    "ConversionPlan",
+    "ConversionStep",
+    "TensorInfo",
+    "atomic_folder",
+    "check_output_folder",
+    "plan_conversion",
+    "resolve_checkpoint",
+    "write_sharded",
+]

@@ -1,0 +1,1 @@
+"""Shows what a model does with its inputs, and what that costs."""

@@ -1,0 +1,175 @@
+"""FLOPs of encoding one image and prefilling a text model with it, counted on models that have no weights.
+
+`count_flops` builds the real model on the meta device and runs it under torch's `FlopCounterMode`, so it counts the
+operations of the implementation and not those of a formula. It counts as the LLaVA-UHD paper's comparison seems to:
+
+- One multiply-add is 2 FLOPs. Matrix products and convolutions count, among them the products that RoI-align the
+  released resampler's regions. Norms, activations, softmax and the interpolation of position tables do not.
+- The sequence holds the image's positions alone, with LLaVA-UHD's separators and LLaVA-NeXT's newlines: no text.
+- Prefill only, batch size 1, with logits for every position. Generation needs those of the last position alone, so
+  `lm_head` is a part of its own.
+- Attention counts as two full products, `4 * length**2 * hidden_size` FLOPs per layer. It is not halved for causality.
+- Every implementation is charged what it runs: in-tree CLIP runs all 24 layers although LLaVA uses the output of the
+  23rd, LLaVA-UHD's vision tower ends with the layer that it uses.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig, LlavaNextForConditionalGeneration
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from ..llava_uhd.configuration_llava_uhd import LlavaUhdConfig
+from ..llava_uhd.modeling_llava_uhd import LlavaUhdForConditionalGeneration
+from ..llava_uhd.slicing_llava_uhd import plan_slices
+
+
+MODEL_CLASSES = {
+    LlavaUhdConfig: LlavaUhdForConditionalGeneration,
+    LlavaConfig: LlavaForConditionalGeneration,
+    LlavaNextConfig: LlavaNextForConditionalGeneration,
+}
+
+
+@dataclass(frozen=True)
+class FlopReport:
+    """Cost of one image in FLOPs, see the module's docstring for what counts.
+
+    Attributes:
+        num_views (`int`): Images that the vision tower sees: slices and overview, tiles and base image, or 1.
+        num_tokens (`int`): Positions that the image takes in the text model's sequence.
+        vision_tower (`int`): FLOPs of the vision tower over all views.
+        projector (`int`): FLOPs between vision tower and text model: resampler or multi-modal projector.
+        language_model (`int`): FLOPs of the text model's layers over `num_tokens` positions.
+        lm_head (`int`): FLOPs of the logits of `num_tokens` positions.
+    """
+
+    num_views: int
+    num_tokens: int
+    vision_tower: int
+    projector: int
+    language_model: int
+    lm_head: int
+
+    @property
+    def total(self) -> int:
+        return self.vision_tower + self.projector + self.language_model + self.lm_head
+
+
+def count_flops(config: PreTrainedConfig, width: int, height: int) -> FlopReport:
+    """Counts the FLOPs of one `width` x `height` image, from the vision tower to the logits of its last position.
+
+    The image is given to the vision tower and its positions to the text model in two steps, because merging features
+    into a sequence looks at values, which meta tensors have not. No FLOPs are lost between them. For the same reason
+    text models whose computation depends on values, such as loops over experts, cannot be counted.
+
+    Args:
+        config (`LlavaUhdConfig`, `LlavaConfig` or `LlavaNextConfig`): The model. It is left unchanged.
+        width (`int`): Width of the image in pixels, before any resizing by the image processor.
+        height (`int`): Height of the image in pixels.
+
+    Raises:
+        TypeError: if `config` is of another family.
+        ValueError: if the size is no image size.
+    """
+    if width < 1 or height < 1:
+        raise ValueError(f"`width` and `height` must be positive, but are {width} and {height}.")
+    model = _build_on_meta(config)
+    image = _image_inputs(config, width, height)
+    num_tokens = 0
+
+    def prefill():
+        nonlocal num_tokens
+        image_outputs = model.get_image_features(**image.arguments, return_dict=True)
+        num_tokens = len(image_outputs.pooler_output[0]) + image.num_separators
+        inputs_embeds = torch.empty(1, num_tokens, config.text_config.hidden_size, device="meta", dtype=model.dtype)
+        # Without a cache transformers searches `position_ids` for packed sequences, which meta tensors cannot answer.
+        model(inputs_embeds=inputs_embeds, use_cache=True)
+
+    projector = model.model.resampler if isinstance(config, LlavaUhdConfig) else model.model.multi_modal_projector
+    parts = {
+        "vision_tower": model.model.vision_tower,
+        "projector": projector,
+        "language_model": model.model.language_model,
+        "lm_head": model.lm_head,
+    }
+    counts = _count_by_part(parts, prefill)
+    return FlopReport(num_views=image.num_views, num_tokens=num_tokens, **counts)
+
+
+def _build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    model_class = MODEL_CLASSES.get(type(config))
+    if model_class is None:
+        supported = ", ".join(config_class.__name__ for config_class in MODEL_CLASSES)
+        raise TypeError(f"FLOPs can be counted for {supported}, but the configuration is a {type(config).__name__}.")
+    with torch.device("meta"):
+        # SDPA falls apart into two counted matrix products on meta. Other kernels may have no FLOP formula: torch has
+        # none for SDPA on the CPU.
+        return model_class._from_config(config, attn_implementation="sdpa").eval()
+
+
+class _ImageInputs(NamedTuple):
+    """Arguments of `get_image_features`; pixels lie on meta, sizes on the CPU since models read them."""
+
+    arguments: dict[str, torch.Tensor]
+    num_views: int
+    num_separators: int = 0
+
+
+def _image_inputs(config: PreTrainedConfig, width: int, height: int) -> _ImageInputs:
+    vision_config = config.vision_config
+    if isinstance(config, LlavaUhdConfig):
+        return _sliced_image_inputs(config, width, height)
+    view_shape = (vision_config.num_channels, vision_config.image_size, vision_config.image_size)
+    if isinstance(config, LlavaConfig):
+        return _ImageInputs({"pixel_values": torch.empty(1, *view_shape, device="meta")}, num_views=1)
+    num_views = image_size_to_num_patches((height, width), config.image_grid_pinpoints, vision_config.image_size)
+    arguments = {
+        "pixel_values": torch.empty(1, num_views, *view_shape, device="meta"),
+        "image_sizes": torch.tensor([[height, width]]),
+    }
+    return _ImageInputs(arguments, num_views)
+
+
+def _sliced_image_inputs(config: LlavaUhdConfig, width: int, height: int) -> _ImageInputs:
+    patch_size = config.vision_config.patch_size
+    plan = plan_slices(width, height, base_size=config.base_size, patch_size=patch_size, max_slices=config.max_slices)
+    slice_grid = plan.view_grids[0] if plan.num_slices else (0, 0)
+    patch_length = config.vision_config.num_channels * patch_size**2
+    arguments = {
+        "pixel_values": torch.empty(plan.num_patches, patch_length, device="meta"),
+        "image_grids": torch.tensor([[(plan.rows, plan.columns), slice_grid, plan.view_grids[-1]]]),
+    }
+    num_separators = plan.num_tokens(config.num_queries) - plan.num_features(config.num_queries)
+    return _ImageInputs(arguments, plan.num_views, num_separators)
+
+
+def _count_by_part(parts: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, int]:
+    """FLOPs of every part while `run` runs.
+
+    Raises:
+        RuntimeError: if `run` spends FLOPs outside of the parts, which would be missing in the report.
+    """
+    counter = FlopCounterMode(display=False)
+    counts = dict.fromkeys(parts, 0)
+
+    def add(name: str, sign: int) -> None:
+        counts[name] += sign * counter.get_total_flops()
+
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_, name=name: add(name, -1))
+        part.register_forward_hook(lambda *_, name=name: add(name, 1))
+    with torch.no_grad(), counter:
+        run()
+    if sum(counts.values()) != counter.get_total_flops():
+        raise RuntimeError(f"{counter.get_total_flops() - sum(counts.values())} FLOPs lie outside of {list(parts)}.")
+    return counts
+
+
+__all__ = ["FlopReport", "count_flops"]

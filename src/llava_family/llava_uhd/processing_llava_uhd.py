@@ -1,0 +1,144 @@
+"""Processor of LLaVA-UHD: prompts with image placeholders to token ids, images to patches of their views."""
+
+import re
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.utils import auto_docstring
+
+from .configuration_llava_uhd import is_original_config
+from .image_processing_pil_llava_uhd import LlavaUhdImageProcessorPil
+
+
+# The spatial schema (paper, section 3.4): a comma behind every slice, a newline behind the last one of a row.
+COLUMN_SEPARATOR, ROW_SEPARATOR = ",", "\n"
+
+# Vicuna v1, exactly as in training; images come first in their message. `{% generation %}` marks what is learned.
+CHAT_TEMPLATE = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+{%- set system, turns = messages[0]['content'], messages[1:] -%}
+{%- else -%}
+{%- set system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, \
+detailed, and polite answers to the user's questions." -%}
+{%- set turns = messages -%}
+{%- endif -%}
+{%- macro text_of(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}
+{%- for item in content if item['type'] == 'text' -%}{{ item['text'] }}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{{- text_of(system) + ' ' -}}
+{%- for message in turns -%}
+{%- if message['role'] == 'user' -%}
+{{- 'USER: ' -}}
+{%- if message['content'] is not string -%}
+{%- for item in message['content'] if item['type'] == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
+{%- endif -%}
+{{- text_of(message['content']) + ' ' -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- 'ASSISTANT:' -}}
+{%- generation -%}{{- ' ' + text_of(message['content']) + '</s>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- raise_exception("Roles are 'user' and 'assistant', behind at most one 'system', but one is " + message['role']) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+
+
+@auto_docstring
+class LlavaUhdProcessor(ProcessorMixin):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_queries=144,
+        image_token="<image>",
+        chat_template=None,
+        **kwargs,
+    ):
+        r"""
+        num_queries (`int`, *optional*, defaults to 144):
+            Features of every view, as in the model's configuration: 144 for the released weights.
+        image_token (`str`, *optional*, defaults to `"<image>"`):
+            Placeholder of an image in a prompt. It is added to a tokenizer that does not have it.
+        """
+        if tokenizer is not None and image_token not in tokenizer.get_vocab():
+            tokenizer.add_tokens([image_token], special_tokens=True)
+        self.num_queries = num_queries
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self._check_separators()
+
+    def _check_separators(self) -> None:
+        """Looks the separators' ids up and makes sure that they survive between placeholders as one token each."""
+        text = self.image_token + COLUMN_SEPARATOR + self.image_token + ROW_SEPARATOR + self.image_token
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 5 or ids[::2] != [self.image_token_id] * 3:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} must encode the separators {COLUMN_SEPARATOR!r} and {ROW_SEPARATOR!r} "
+                f"between image tokens as one token each, but {text!r} becomes {ids}. A Llama tokenizer needs "
+                "`legacy=False`."
+            )
+        self.column_separator_id, self.row_separator_id = ids[1], ids[3]
+        # SentencePiece puts a space before the first piece of a text, and the original tokenizes the text behind an image
+        # by itself.
+        self._starts_with_space = self.tokenizer.tokenize(COLUMN_SEPARATOR)[0].startswith("\u2581")
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        rows, columns = (int(number) for number in image_inputs["image_grids"][image_idx][0])
+        view = self.image_token * self.num_queries
+        row = COLUMN_SEPARATOR.join([view] * columns) + ROW_SEPARATOR
+        return row * rows + view
+
+    def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
+        if self._starts_with_space and images_replacements:
+            special = "|".join(re.escape(token) for token in self.tokenizer.all_special_tokens)
+            images_replacements = list(images_replacements)
+            followers = [
+                sample[match.end() :] for sample in text for match in re.finditer(re.escape(self.image_token), sample)
+            ]
+            for index, follower in enumerate(followers[: len(images_replacements)]):
+                if follower and not re.match(special, follower):
+                    images_replacements[index] += " "
+        return super().get_text_with_replacements(text, images_replacements, *args, **kwargs)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """
+        Computes the number of placeholder tokens needed for images of the given sizes.
+
+        Args:
+            image_sizes (`list[list[int]]`, *optional*):
+                The input sizes formatted as (height, width) per each image.
+
+        Returns:
+            `MultiModalData`: with `num_image_tokens`, placeholders that features replace (the separators between
+            slices are text), and `num_image_patches`, rows of `pixel_values`, per image.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        images_kwargs = self._merge_kwargs(**kwargs)["images_kwargs"]
+        plans = [self.image_processor.slice_plan(width, height, **images_kwargs) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[plan.num_features(self.num_queries) for plan in plans],
+            num_image_patches=[plan.num_patches for plan in plans],
+        )
+
+    @property
+    def model_input_names(self):
+        return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not processor_dict and is_original_config(config_dict):
+            # Releases have a tokenizer alone. They were trained with padding on the right; generation needs it on the left.
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            tokenizer.padding_side = "left"
+            return [LlavaUhdImageProcessorPil(), tokenizer]
+        return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+
+
+__all__ = ["LlavaUhdProcessor"]
