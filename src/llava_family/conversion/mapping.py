@@ -7,11 +7,11 @@ Design choices:
 - Strict where the loader is lenient: it initialises a missing parameter and skips an unexpected tensor with a warning.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-import re
 
 import torch
 from transformers import PreTrainedModel
@@ -170,6 +170,6 @@ def _raise_if_any(problems: Mapping[str, list[str]], limit: int = 10):
             lines.append(f"{len(entries)} {title}:\n  " + "\n  ".join(shown))
     if lines:
         raise ValueError(
-            "The checkpoint does not fit the model. Check that its configuration belongs to it and that it is complete.\n"
+            "The checkpoint does not fit the model. Check that it is complete and has its own configuration.\n"
             + "\n".join(lines)
         )

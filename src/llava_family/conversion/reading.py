@@ -62,9 +62,8 @@ class CheckpointReader:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise FileNotFoundError(
-                f"The checkpoint must be a folder, but {self.folder} is {'a file' if self.folder.exists() else 'missing'}."
-            )
+            kind = "a file" if self.folder.exists() else "missing"
+            raise FileNotFoundError(f"The checkpoint must be a folder, but {self.folder} is {kind}.")
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, str] = {}
         self._open_file: str | None = None
@@ -125,9 +124,9 @@ class CheckpointReader:
             held = set(self._shard.infos())
             if promised != held:
                 raise ValueError(
-                    f"{index_path} and {self.folder / file} do not belong together: {_some(promised - held)} named in the "
-                    f"index but not in the shard, {_some(held - promised)} in the shard but not named there. Download "
-                    "both again."
+                    f"{index_path} and {self.folder / file} do not belong together: {_some(promised - held)} named in "
+                    f"the index but not in the shard, {_some(held - promised)} in the shard but not named there. "
+                    "Download both again."
                 )
             self._scan_shard(file)
 
@@ -171,7 +170,7 @@ class _PickleShard:
                 "safetensors where you trust it."
             ) from error
         entries = state_dict.items() if isinstance(state_dict, dict) else ()
-        if not entries or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in entries):
+        if not entries or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in entries):
             raise ValueError(f"{path} must hold a dictionary of tensors by name, but holds {_kinds(state_dict)}.")
         self.state_dict = state_dict
 
@@ -187,7 +186,7 @@ def _open_shard(path: Path) -> _SafetensorsShard | _PickleShard:
 
 
 def _checked_path(folder: Path, file: str, named_in: Path | None = None) -> Path:
-    """The path of a file directly inside `folder`; ValueError if `file` is no plain name, missing or leads elsewhere."""
+    """The path of a file inside `folder`; ValueError if `file` is no plain name, missing or leads elsewhere."""
     source = f"{named_in} names the file {file!r}" if named_in else f"The checkpoint {folder} has the file {file!r}"
     if file != os.path.basename(file) or "\\" in file or file in ("", ".", ".."):
         raise ValueError(f"{source}, expected a plain file name inside the folder. Do not trust this checkpoint.")
@@ -199,8 +198,8 @@ def _checked_path(folder: Path, file: str, named_in: Path | None = None) -> Path
     allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     if not any(path.resolve().is_relative_to(place) for place in allowed):
         raise ValueError(
-            f"{source}, but it is a link to {path.resolve()}, outside the folder. If you trust that file, move or copy "
-            "it here."
+            f"{source}, but it is a link to {path.resolve()}, outside the folder. If you trust that file, move or "
+            "copy it here."
         )
     return path
 
@@ -215,7 +214,9 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be the JSON index of a checkpoint, but is not: {error}. Download it again.") from error
+        raise ValueError(
+            f"{path} must be a checkpoint's JSON index, but is not: {error}. Download it again."
+        ) from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{path} must have a `weight_map` from tensor names to file names. Download it again.")

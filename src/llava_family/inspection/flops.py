@@ -13,6 +13,7 @@ operations of the implementation and not those of a formula. It counts as the LL
   23rd, LLaVA-UHD's vision tower ends with the layer that it uses.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -110,8 +111,8 @@ def _build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
         raise TypeError(f"FLOPs can be counted for {supported}, but the configuration is a {type(config).__name__}.")
     with torch.device("meta"):
         # SDPA falls apart into two counted matrix products on meta. Other kernels may have no FLOP formula: torch has
-        # none for SDPA on the CPU.
-        return model_class._from_config(config, attn_implementation="sdpa").eval()
+        # none for SDPA on the CPU. The model writes its choice into the configuration, hence the copy.
+        return model_class._from_config(copy.deepcopy(config), attn_implementation="sdpa").eval()
 
 
 class _ImageInputs(NamedTuple):

@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple, is_flash_attention_requ
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_llava_uhd import LlavaUhdConfig, LlavaUhdVisionConfig
-from .weight_mapping_llava_uhd import original_weight_mapping
+from .weight_mapping_llava_uhd import original_weight_mapping, unused_original_weights
 
 
 # (width, height) of the samples per region, in the original's order: the first of equally good ones wins.
@@ -307,11 +307,7 @@ class LlavaUhdVisionModel(LlavaUhdPreTrainedModel):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's own spelling
         self.encoder = LlavaUhdVisionEncoder(config)
         # CLIP checkpoints hold more than what the features depend on.
-        unused_layers = range(config.num_feature_layers, config.num_hidden_layers)
-        self._keys_to_ignore_on_load_unexpected = [
-            r"post_layernorm\.",
-            *(rf"encoder\.layers\.{layer}\." for layer in unused_layers),
-        ]
+        self._keys_to_ignore_on_load_unexpected = list(unused_original_weights(config))
         self.post_init()
 
     @merge_with_config_defaults

@@ -1,0 +1,44 @@
+PYTHON ?= python3
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -q
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test check lint test-transformers bench clean
+
+demo: .venv/.installed
+	$(PY) examples/demo.py
+
+# One thread per worker: two workers with a thread pool each only get in each other's way.
+test: .venv/.installed
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2
+
+check: lint
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -x -m "not slow"
+
+lint: .venv/.installed .cache/mlinter_rules.toml
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/mlinter --no-progress --rules-toml .cache/mlinter_rules.toml src
+
+# transformers' own shared tests on our models; fetches transformers' source distribution from PyPI the first time.
+test-transformers: .venv/.installed
+	cd tests/transformers_suite && OMP_NUM_THREADS=1 ../../$(PYTEST) -n 2
+
+bench: .venv/.installed
+	$(PY) benchmarks/flops.py
+
+clean:
+	rm -rf .venv .cache build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests examples benchmarks conversion_scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: setup.py constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -qq -c constraints.txt -e '.[dev]'
+	touch $@
+
+# All rules but TRF028, which wants a copy of the licence at the top of each file.
+.cache/mlinter_rules.toml: .venv/.installed
+	mkdir -p .cache
+	sed '/^\[rules.TRF028\]/,/^default_enabled/s/= true/= false/' .venv/lib/python3*/site-packages/mlinter/rules.toml > $@

@@ -1,0 +1,65 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+README = Path(__file__).parent / "README.md"
+
+TRAIN = ["accelerate>=1.1", "peft>=0.20"]
+
+setup(
+    name="llava-family",
+    version="0.1.0",
+    description="LLaVA-UHD, MoE-LLaVA and LLaVA-MoLE as Hugging Face transformers models",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="llava vision-language multimodal high-resolution mixture-of-experts lora transformers pytorch",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"": ["py.typed", "*.jinja"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        # The loading and output-capturing APIs used here are not stable between minor releases of transformers.
+        "transformers>=5.23,<5.24",
+        "huggingface_hub>=1.31,<3",
+        "numpy>=1.26",
+        "pillow>=10.0.1",
+        "rich>=13",
+        "safetensors>=0.8",
+        "tokenizers>=0.23.1,<0.24",
+        "typer>=0.15",
+        # transformers reads the `tokenizer.model` of an original release with these two.
+        "protobuf",
+        "sentencepiece>=0.2",
+    ],
+    extras_require={
+        "vision": ["torchvision"],
+        "flash-attn": ["flash-attn>=2.6"],
+        "train": TRAIN,
+        "dev": [
+            *TRAIN,
+            "httpx",
+            "hypothesis",
+            "mypy",
+            "parameterized",
+            "pytest",
+            "pytest-rerunfailures",
+            "pytest-timeout",
+            "pytest-xdist",
+            "requests",
+            "ruff",
+            "transformers-mlinter",
+        ],
+    },
+    entry_points={"console_scripts": ["llava-family = llava_family.cli:main"]},
+)
