@@ -16,11 +16,11 @@ test: .venv/.installed
 check: lint
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -x -m "not slow"
 
-lint: .venv/.installed .cache/mlinter_rules.toml
-	.venv/bin/ruff check .
+lint: .venv/.installed
+	.venv/bin/ruff check --output-format concise .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/mlinter --no-progress --rules-toml .cache/mlinter_rules.toml src
+	.venv/bin/mlinter --no-progress src
 
 # transformers' own shared tests on our models; fetches transformers' source distribution from PyPI the first time.
 test-transformers: .venv/.installed
@@ -37,8 +37,3 @@ clean:
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -qq -c constraints.txt -e '.[dev]'
 	touch $@
-
-# All rules but TRF028, which wants a copy of the licence at the top of each file.
-.cache/mlinter_rules.toml: .venv/.installed
-	mkdir -p .cache
-	sed '/^\[rules.TRF028\]/,/^default_enabled/s/= true/= false/' .venv/lib/python3*/site-packages/mlinter/rules.toml > $@

@@ -26,7 +26,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={"": ["py.typed", "*.jinja"]},
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
         # The loading and output-capturing APIs used here are not stable between minor releases of transformers.

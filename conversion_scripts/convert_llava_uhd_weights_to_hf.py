@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import GenerationConfig
 
 from llava_family.conversion import (
+    WEIGHT_FILES,
     CheckpointReader,
     ConversionPlan,
     TensorInfo,
@@ -128,12 +129,11 @@ def check_original_release(folder: Path):
             f"The checkpoint must be a LLaVA-UHD release by the original code, with `mm_projector_type` "
             f"'adapt_spatial_resampler', but {path} has {found}.{hint}"
         )
-    if (folder / "mm_projector.bin").is_file() and not any(folder.glob("*model*.index.json")):
-        if not any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
-            raise ValueError(
-                f"{folder} is the output of the first training stage: it has mm_projector.bin alone and no language "
-                "model. Pass the final checkpoint, with model-*.safetensors."
-            )
+    if (folder / "mm_projector.bin").is_file() and not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise ValueError(
+            f"{folder} is the output of the first training stage: it has mm_projector.bin but no language model. "
+            "Pass the final checkpoint, with model-*.safetensors."
+        )
 
 
 class OriginalTensors:

@@ -1,4 +1,4 @@
-"""Registers the model families with transformers' Auto classes, without importing torch before anyone asks for a model.
+"""Registers the model families with transformers' Auto classes, without importing torch before it is needed.
 
 `.register` wants classes, and importing them costs seconds. So `import llava_family` only puts a note into the Auto
 mappings: the first time that one of them is read, all families are imported and registered. transformers itself has no
@@ -78,7 +78,7 @@ def register() -> None:
 
 
 def register_on_first_use() -> None:
-    """Arranges that `register` runs before transformers' Auto classes are first read, now or once they are imported."""
+    """Arranges that `register` runs before transformers' Auto mappings are first read, whenever that is."""
     for name in AUTO_MAPPINGS:
         if name in sys.modules:
             _watch_mappings(sys.modules[name])
@@ -142,7 +142,7 @@ class _WatchedRegistrations(dict):
 
 
 class _AutoModuleFinder(importlib.abc.MetaPathFinder):
-    """Watches the mappings of an Auto module as soon as it has been imported; loading is left to Python's own loader."""
+    """Watches the mappings of an Auto module as soon as it is imported, which Python's own loader does."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in AUTO_MAPPINGS:

@@ -131,7 +131,12 @@ def test_ignored_sources_are_told_with_their_reason():
             "b from .* as well as from",
         ),
         ({"x": (4,)}, [WeightConverter("x", ["a", "b"], [Chunk(0)])], {"a": (2,)}, "b from x is no target"),
-        ({"x": (4,)}, [WeightConverter("x", "a", [Transpose(0, 1)])], {"a": (4,)}, "1 failed conversions:\n  a from x: "),
+        (
+            {"x": (4,)},
+            [WeightConverter("x", "a", [Transpose(0, 1)])],
+            {"a": (4,)},
+            "1 failed conversions:\n  a from x: ",
+        ),
     ],
     ids=["missing", "left over", "shape", "twice", "both", "converted twice", "made twice", "no target", "failed"],
 )
@@ -144,7 +149,7 @@ def test_misfits(tensors, transforms, expected, message):
 
 def test_errors_list_ten_and_count_all():
     infos = {f"source.{i}": TensorInfo((1,), torch.float32) for i in range(12)}
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="does not fit") as error:
         plan_conversion(infos, [], {f"target.{i}": (1,) for i in range(11)})
     lines = str(error.value).splitlines()
     assert "12 source tensors without a target:" in lines and "11 target tensors without a source:" in lines

@@ -130,7 +130,9 @@ def test_index_must_name_plain_files(tmp_path, file):
     assert str(index) in str(error.value) and repr(file) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+)
 def test_links_must_not_leave_the_folder(tmp_path, name):
     folder = tmp_path / "checkpoint"
     folder.mkdir()
@@ -237,7 +239,9 @@ def test_resolve_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="neither a folder nor the id of a Hub repository"):
             resolve_checkpoint(missing, ["*.json"])
 
-    monkeypatch.setattr(reading, "snapshot_download", lambda name, allow_patterns: f"/cache/{name}/{allow_patterns[0]}")
+    monkeypatch.setattr(
+        reading, "snapshot_download", lambda name, allow_patterns: f"/cache/{name}/{allow_patterns[0]}"
+    )
     assert str(resolve_checkpoint("owner/name", ["*.json"])) == "/cache/owner/name/*.json"
 
     def offline(name, allow_patterns):

@@ -152,7 +152,7 @@ def test_count_is_that_of_a_real_forward_pass(resampler_type, size):
     # torch counts nothing for SDPA on the CPU
     model = LlavaUhdForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     features = [config.image_token_id] * config.num_queries
-    input_ids = torch.tensor([(features + [5]) * plan.num_slices + features])
+    input_ids = torch.tensor([([*features, 5]) * plan.num_slices + features])
     slice_grid = plan.view_grids[0] if plan.num_slices else (0, 0)
     image_grids = torch.tensor([[(plan.rows, plan.columns), slice_grid, plan.view_grids[-1]]])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

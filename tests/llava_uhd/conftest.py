@@ -16,6 +16,9 @@ ORIGINAL = FIXTURES / "original_checkpoint"
 CLIP = FIXTURES / "clip_vision_tower"
 
 
+METADATA_CASES = json.loads((FIXTURES / "expected.json").read_text())["cases"]
+
+
 class Goldens:
     """What the original code produced, see tests/fixtures/llava_uhd/README.md."""
 

@@ -1,4 +1,4 @@
-"""The conversion script: a converted release is the release, and anything else is one clear error that leaves nothing."""
+"""The conversion script: a converted release is the release, anything else is one clear error and leaves nothing."""
 
 import importlib.util
 import json
@@ -140,16 +140,15 @@ def test_config_is_that_of_a_saved_model(shared_release, converted, tmp_path):
 
 
 def test_pickled_shards_convert_alike(release, converted, tmp_path):
-    index = json.loads((release / "model.safetensors.index.json").read_text())
-    for file in set(index["weight_map"].values()):
-        torch.save(load_file(release / file), release / file.replace("model", "pytorch_model").replace("safetensors", "bin"))
+    index = release / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    renamed = {file: f"pytorch_{file.removesuffix('safetensors')}bin" for file in set(weight_map.values())}
+    for file, pickled in renamed.items():
+        torch.save(load_file(release / file), release / pickled)
         (release / file).unlink()
-    names = {
-        name: file.replace("model", "pytorch_model").replace("safetensors", "bin")
-        for name, file in index["weight_map"].items()
-    }
-    (release / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
-    (release / "model.safetensors.index.json").unlink()
+    pickled_map = {name: renamed[file] for name, file in weight_map.items()}
+    (release / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": pickled_map}))
+    index.unlink()
     written = tensors_of(script.convert_llava_uhd_checkpoint(release, tmp_path / "out"))
     expected = tensors_of(converted[0])
     assert written.keys() == expected.keys()
@@ -280,8 +279,8 @@ def test_native_checkpoint_is_refused(converted, tmp_path):
 
 
 def test_output_that_is_not_empty_is_refused_before_anything_else(tmp_path):
+    (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is not empty"):
-        (tmp_path / "file").touch()
         script.convert_llava_uhd_checkpoint("owner/never-downloaded", tmp_path)
 
 

@@ -8,13 +8,12 @@ import torch
 
 from llava_family.llava_uhd.modeling_llava_uhd import pooling_size, region_sampling_weights
 
-from .conftest import FIXTURES
+from .conftest import FIXTURES, METADATA_CASES
 
 
-METADATA = json.loads((FIXTURES / "expected.json").read_text())
-INFERENCE = [name for name, case in METADATA["cases"].items() if case["kind"] == "inference"]
-WITH_IMAGES = [name for name in INFERENCE if METADATA["cases"][name]["images"]]
-TRAINING = [name for name, case in METADATA["cases"].items() if case["kind"] == "training"]
+INFERENCE = [name for name, case in METADATA_CASES.items() if case["kind"] == "inference"]
+WITH_IMAGES = [name for name in INFERENCE if METADATA_CASES[name]["images"]]
+TRAINING = [name for name, case in METADATA_CASES.items() if case["kind"] == "training"]
 
 
 def encode(goldens, processor, name):
@@ -36,7 +35,11 @@ def assert_sampled_close(goldens, name, actual, atol):
 def test_input_ids(goldens, golden_processor, name):
     inputs = encode(goldens, golden_processor, name)
     case = goldens.case(name)
-    expected = goldens.merged_ids(name, case["input_ids"], golden_processor.image_token_id) if case["images"] else case["input_ids"]
+    expected = (
+        goldens.merged_ids(name, case["input_ids"], golden_processor.image_token_id)
+        if case["images"]
+        else case["input_ids"]
+    )
     assert inputs["input_ids"][0].tolist() == expected
     assert len(expected) == case.get("sequence_length", len(expected))
 
@@ -195,7 +198,9 @@ def test_training_loss_and_gradients(goldens, golden_model, golden_processor, na
 
     outputs.loss.backward()
     for parameter, norm in case["grad_norms"].items():
-        gradient = golden_model.lm_head.weight.grad if parameter == "lm_head.weight" else gradient_of(golden_model, parameter)
+        gradient = (
+            golden_model.lm_head.weight.grad if parameter == "lm_head.weight" else gradient_of(golden_model, parameter)
+        )
         torch.testing.assert_close(gradient.norm(), torch.tensor(norm), rtol=1e-3, atol=1e-5)
     checked = 0
     for key in (key for key in goldens.tensors if key.startswith(f"{name}.grad")):
@@ -219,7 +224,9 @@ def closed_form_features(rows, columns, channels):
     return (wave + 0.5 * torch.cos(0.05 * index * (channel % 5 + 1))).float()
 
 
-COMPONENTS = {f"{case['h']}x{case['w']}": case for case in METADATA["components"]}
+COMPONENTS = {
+    f"{case['h']}x{case['w']}": case for case in json.loads((FIXTURES / "expected.json").read_text())["components"]
+}
 
 
 @pytest.mark.parametrize("name", COMPONENTS)

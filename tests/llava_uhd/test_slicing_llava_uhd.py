@@ -29,7 +29,9 @@ def as_golden(plan):
 def test_every_golden_entry():
     matched = 0
     for case in GOLDEN_SLICING:
-        assert as_golden(plan_slices(case["width"], case["height"])) == {key: case[key] for key in ("grid", "slice", "overview")}
+        assert as_golden(plan_slices(case["width"], case["height"])) == {
+            key: case[key] for key in ("grid", "slice", "overview")
+        }
         expected = case["pre1024"]
         if "size" in expected:
             size = pre_resize_size(case["width"], case["height"], 1024)
@@ -66,7 +68,7 @@ def tiles_exactly_once(plan):
 def test_every_size(processor, max_slices):
     sizes = [(width, height) for width in range(1, 2001, 7) for height in range(1, 2001, 7)]
     plans = [plan_slices(width, height, max_slices=max_slices) for width, height in sizes]
-    for (width, height), plan in zip(sizes, plans):
+    for (width, height), plan in zip(sizes, plans, strict=True):
         assert plan.num_slices <= max_slices
         for side in (*plan.overview_size, *(plan.slice_size or ())):
             assert side > 0
@@ -83,7 +85,7 @@ def test_every_size(processor, max_slices):
     )
     seen_by_model = view_grids_of(torch.tensor([image_grid(plan) for plan in plans]))
     for plan, tokens, patches, view_grids in zip(
-        plans, counted["num_image_tokens"], counted["num_image_patches"], seen_by_model
+        plans, counted["num_image_tokens"], counted["num_image_patches"], seen_by_model, strict=True
     ):
         assert tokens == plan.num_features(144) == 144 * len(view_grids)
         assert plan.num_tokens(144) == tokens + plan.num_slices
@@ -113,9 +115,10 @@ def test_one_plan_serves_the_image_processor():
     expected = plan_slices(900, 700, base_size=224, max_slices=4)
     assert image_processor.slice_plan(900, 700) == expected
     assert image_processor.get_number_of_image_patches(700, 900) == expected.num_patches
-    assert image_processor.get_number_of_image_patches(700, 900, {"max_slices": 1}) == plan_slices(
-        900, 700, base_size=224, max_slices=1
-    ).num_patches
+    assert (
+        image_processor.get_number_of_image_patches(700, 900, {"max_slices": 1})
+        == plan_slices(900, 700, base_size=224, max_slices=1).num_patches
+    )
 
 
 @pytest.mark.parametrize(

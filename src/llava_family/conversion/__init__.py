@@ -1,11 +1,12 @@
 """Safe reading, planning and streaming writing of checkpoints. Nothing here knows a model family."""
 
 from .mapping import ConversionPlan, ConversionStep, plan_conversion
-from .reading import CheckpointReader, TensorInfo, resolve_checkpoint
+from .reading import WEIGHT_FILES, CheckpointReader, TensorInfo, resolve_checkpoint
 from .writing import atomic_folder, check_output_folder, write_sharded
 
 
 __all__ = [
+    "WEIGHT_FILES",
     "CheckpointReader",
     "ConversionPlan",
     "ConversionStep",

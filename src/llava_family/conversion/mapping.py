@@ -98,7 +98,7 @@ def plan_conversion(
     )
     position = {name: index for index, name in enumerate(tensors)}
     steps.sort(key=lambda step: min(position[name] for _, name in step.sources))
-    return ConversionPlan(tuple(steps), reasons)
+    return ConversionPlan(tuple(steps), {name: reason for name, reason in reasons.items() if reason is not None})
 
 
 def _collect(tensors, transforms, expected) -> tuple[dict[str, tuple[WeightTransform, list]], list[str], list[str]]:
@@ -149,7 +149,8 @@ def _missing(expected, steps: list[ConversionStep], collected) -> list[str]:
 
 
 def _mismatched(expected, steps: list[ConversionStep]) -> list[str]:
-    mismatched, maker_of = [], {}
+    mismatched: list[str] = []
+    maker_of: dict[str, ConversionStep] = {}
     for step in steps:
         for name, info in step.outputs.items():
             wanted = tuple(expected[name]) if name in expected else None

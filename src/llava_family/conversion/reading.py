@@ -86,8 +86,7 @@ class CheckpointReader:
         """The tensor called `name`, on the CPU. ValueError if there is none."""
         if name not in self._file_of:
             raise ValueError(f"The checkpoint {self.folder} has no tensor {name!r}.")
-        self._open(self._file_of[name])
-        return self._shard.read(name)
+        return self._open(self._file_of[name]).read(name)
 
     def close(self):
         """Closes the open shard, if one is open. Reading opens it again."""
@@ -99,15 +98,15 @@ class CheckpointReader:
     def __exit__(self, *exception):
         self.close()
 
-    def _open(self, file: str):
-        if file != self._open_file:
+    def _open(self, file: str) -> "_SafetensorsShard | _PickleShard":
+        if self._shard is None or file != self._open_file:
             self.close()  # before the next one opens, not after
             self._shard = _open_shard(_checked_path(self.folder, file))
             self._open_file = file
+        return self._shard
 
     def _scan_shard(self, file: str):
-        self._open(file)
-        infos = self._shard.infos()
+        infos = self._open(file).infos()
         for name in sorted(infos, key=dot_natural_key):
             self.tensors[name] = infos[name]
             self._file_of[name] = file
@@ -120,8 +119,7 @@ class CheckpointReader:
             _checked_path(self.folder, file, named_in=index_path)
         for file in files:
             promised = {name for name, place in weight_map.items() if place == file}
-            self._open(file)
-            held = set(self._shard.infos())
+            held = set(self._open(file).infos())
             if promised != held:
                 raise ValueError(
                     f"{index_path} and {self.folder / file} do not belong together: {_some(promised - held)} named in "
@@ -143,7 +141,7 @@ class _SafetensorsShard:
 
     def infos(self) -> dict[str, TensorInfo]:
         infos = {}
-        for name in self.file.keys():
+        for name in self.file.keys():  # noqa: SIM118 -- no dict, and cannot be iterated
             header = self.file.get_slice(name)
             if header.get_dtype() not in str_to_torch_dtype:
                 raise ValueError(

@@ -50,7 +50,7 @@ def atomic_folder(output: str | os.PathLike) -> Iterator[Path]:
         yield incomplete
         check_output_folder(path)
         if path.exists():
-            path.rmdir()
+            path.rmdir()  # Windows renames over nothing, not even over an empty folder
         incomplete.rename(path)
     except BaseException:
         shutil.rmtree(incomplete, ignore_errors=True)
@@ -109,7 +109,8 @@ def write_sharded(
 
 
 def _plan_shards(steps: Sequence[ConversionStep], dtype: torch.dtype | None, limit: int) -> list[list[ConversionStep]]:
-    shards, filled = [[]], 0
+    shards: list[list[ConversionStep]] = [[]]
+    filled = 0
     for step in steps:
         num_bytes = sum(_cast_info(info, dtype).num_bytes for info in step.outputs.values())
         if shards[-1] and filled + num_bytes > limit:
@@ -134,20 +135,18 @@ def _convert(step: ConversionStep, read: Callable[[str], torch.Tensor], dtype: t
         # A copy of its own: nothing stays mapped to the source files, no two tensors share memory.
         converted[name] = tensor.to(info.dtype, copy=True, memory_format=torch.contiguous_format)
         if info.dtype != tensor.dtype:
-            pass
+            _check_finite(name, tensor, converted[name])
     if len(converted) != len(step.outputs):
         raise ValueError(f"The tensors {list(step.outputs)} were planned, but only {list(converted)} were converted.")
     return converted
 
 
 def _check_finite(name: str, original: torch.Tensor, cast: torch.Tensor):
-    # Of the usual casts only those to float16 narrow the range.
-    if torch.finfo(cast.dtype).max < torch.finfo(original.dtype).max and not torch.isfinite(cast).all():
-        if torch.isfinite(original).all():
-            raise ValueError(
-                f"Tensor {name!r} has values up to {original.abs().max().item():g}, too large for {cast.dtype}, which "
-                f"ends at {torch.finfo(cast.dtype).max:g}. Convert to bfloat16 or float32."
-            )
+    if not torch.isfinite(cast).all() and torch.isfinite(original).all():
+        raise ValueError(
+            f"Tensor {name!r} has values up to {original.abs().max().item():g}, too large for {cast.dtype}, which "
+            f"ends at {torch.finfo(cast.dtype).max:g}. Convert to bfloat16 or float32."
+        )
 
 
 def _check_free_space(folder: str | os.PathLike, num_bytes: int):

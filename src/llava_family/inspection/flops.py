@@ -27,6 +27,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from ..llava_uhd.configuration_llava_uhd import LlavaUhdConfig
+from ..llava_uhd.image_processing_pil_llava_uhd import image_grid
 from ..llava_uhd.modeling_llava_uhd import LlavaUhdForConditionalGeneration
 from ..llava_uhd.slicing_llava_uhd import plan_slices
 
@@ -138,17 +139,16 @@ def _image_inputs(config: PreTrainedConfig, width: int, height: int) -> _ImageIn
     return _ImageInputs(arguments, num_views)
 
 
-def _sliced_image_inputs(config: LlavaUhdConfig, width: int, height: int) -> _ImageInputs:
+def _sliced_image_inputs(config: Any, width: int, height: int) -> _ImageInputs:
     patch_size = config.vision_config.patch_size
     plan = plan_slices(width, height, base_size=config.base_size, patch_size=patch_size, max_slices=config.max_slices)
-    slice_grid = plan.view_grids[0] if plan.num_slices else (0, 0)
-    patch_length = config.vision_config.num_channels * patch_size**2
     arguments = {
-        "pixel_values": torch.empty(plan.num_patches, patch_length, device="meta"),
-        "image_grids": torch.tensor([[(plan.rows, plan.columns), slice_grid, plan.view_grids[-1]]]),
+        "pixel_values": torch.empty(
+            plan.num_patches, config.vision_config.num_channels * patch_size**2, device="meta"
+        ),
+        "image_grids": torch.tensor([image_grid(plan)]),
     }
-    num_separators = plan.num_tokens(config.num_queries) - plan.num_features(config.num_queries)
-    return _ImageInputs(arguments, plan.num_views, num_separators)
+    return _ImageInputs(arguments, plan.num_views, num_separators=plan.num_slices)
 
 
 def _count_by_part(parts: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, int]:

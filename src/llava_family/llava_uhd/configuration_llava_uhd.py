@@ -1,9 +1,21 @@
+# Copyright 2026 The llava-family authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Configuration of LLaVA-UHD, in the transformers layout and translated from the original release's flat one."""
 
 import json
 import math
 import os
-from dataclasses import fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -45,8 +57,8 @@ class LlavaUhdVisionConfig(PreTrainedConfig):
     image_size (`int`, *optional*, defaults to 336):
         Side of the square images that the position table was trained on. Views of other sizes interpolate it.
     vision_feature_layer (`int`, *optional*, defaults to -2):
-        The hidden state that is returned as image features, counted as in `hidden_states` (0 is the embeddings). Layers
-        above it are not built: no feature would ever depend on them.
+        The hidden state that is returned as image features, counted as in `hidden_states` (0 is the embeddings).
+        Layers above it are not built: no feature would ever depend on them.
 
     The defaults are those of openai/clip-vit-large-patch14-336.
     """
@@ -149,8 +161,9 @@ class LlavaUhdConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     def validate_num_queries(self):
-        if self.num_queries is not None and (self.num_queries < 1 or math.isqrt(self.num_queries) ** 2 != self.num_queries):
-            raise ValueError(f"`num_queries` must be a positive square number, but is {self.num_queries}.")
+        queries = self.num_queries
+        if queries is not None and (queries < 1 or math.isqrt(queries) ** 2 != queries):
+            raise ValueError(f"`num_queries` must be a positive square number, but is {queries}.")
 
     def validate_resampler_heads(self):
         heads = self.resampler_num_attention_heads
@@ -170,9 +183,9 @@ class LlavaUhdConfig(PreTrainedConfig):
         return config_dict, kwargs
 
 
+@auto_docstring(custom_intro="The configuration of an original release, read as a [`LlavaUhdConfig`].")
+@strict
 class LlavaLlamaConfig(PreTrainedConfig):
-    """The `config.json` of an original release, whose model type is shared with LLaVA-1.5: becomes a [`LlavaUhdConfig`]."""
-
     model_type = "llava_llama"
 
     @classmethod
@@ -181,8 +194,8 @@ class LlavaLlamaConfig(PreTrainedConfig):
         if not is_original_config(config_dict):
             raise ValueError(
                 f"The `llava_llama` configuration in {folder} is not LLaVA-UHD's: its `mm_projector_type` is "
-                f"{config_dict.get('mm_projector_type')!r}, not 'adapt_spatial_resampler'. LLaVA-1.5 checkpoints are on "
-                "the Hub in transformers' own format under llava-hf."
+                f"{config_dict.get('mm_projector_type')!r}, not 'adapt_spatial_resampler'. LLaVA-1.5 checkpoints are "
+                "on the Hub in transformers' own format under llava-hf."
             )
         translated = translate_original_config(config_dict, folder, kwargs.pop("mm_vision_tower", None))
         return LlavaUhdConfig.from_dict(translated, **kwargs)
@@ -210,11 +223,7 @@ def translate_original_config(
     Raises:
         ValueError: if the vision tower's configuration cannot be found or does not fit.
     """
-    text_config = {
-        key: value
-        for key, value in config_dict.items()
-        if key in ORIGINAL_TEXT_KEYS and value is not None
-    }
+    text_config = {key: value for key, value in config_dict.items() if key in ORIGINAL_TEXT_KEYS and value is not None}
     vision_config = _read_vision_config(vision_tower, config_dict, folder)
     vision_config["vision_feature_layer"] = config_dict.get("mm_vision_select_layer", -2)
     translated = {
@@ -233,9 +242,10 @@ def _read_vision_config(
 ) -> dict[str, Any]:
     name = str(config_dict.get("mm_vision_tower", config_dict.get("vision_tower", "")))
     # The release names a path relative to its authors' working directory.
-    places = [str(vision_tower)] if vision_tower else [name, os.path.join(folder, name), os.path.join(folder, "..", name)]
-    names = [field.name for field in fields(LlavaUhdVisionConfig) if field.name in LlavaUhdVisionConfig.__annotations__]
-    vision_config = {name: getattr(LlavaUhdVisionConfig(), name) for name in names}
+    places = (
+        [str(vision_tower)] if vision_tower else [name, os.path.join(folder, name), os.path.join(folder, "..", name)]
+    )
+    vision_config = {name: getattr(LlavaUhdVisionConfig(), name) for name in LlavaUhdVisionConfig.__annotations__}
     for place in places:
         path = os.path.join(place, "config.json")
         if name and os.path.isfile(path):
@@ -246,13 +256,15 @@ def _read_vision_config(
             break
     else:
         if vision_tower:
-            raise ValueError(f"`mm_vision_tower` must be the folder of a CLIP checkpoint, but {vision_tower} has no config.json.")
+            raise ValueError(
+                f"`mm_vision_tower` must be the folder of a CLIP checkpoint, but {vision_tower} has no config.json."
+            )
     mm_hidden_size = config_dict.get("mm_hidden_size", vision_config["hidden_size"])
     if vision_config["hidden_size"] != mm_hidden_size:
         raise ValueError(
-            f"The configuration in {folder} has a vision tower of width {mm_hidden_size} (`mm_hidden_size`) at {name!r}, "
-            f"but the one found has width {vision_config['hidden_size']}. Pass `mm_vision_tower`, the folder of the CLIP "
-            "checkpoint it was trained with."
+            f"The configuration in {folder} has a vision tower of width {mm_hidden_size} (`mm_hidden_size`) at "
+            f"{name!r}, but the one found has width {vision_config['hidden_size']}. Pass `mm_vision_tower`, the "
+            "folder of the CLIP checkpoint it was trained with."
         )
     return vision_config
 

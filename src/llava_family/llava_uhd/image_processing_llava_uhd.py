@@ -1,3 +1,16 @@
+# Copyright 2026 The llava-family authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Torchvision image processor of LLaVA-UHD: on the device of its input, within a few grey levels of the PIL one."""
 
 import torch
@@ -39,9 +52,9 @@ class LlavaUhdImageProcessor(LlavaUhdSlicingMixin, TorchvisionBackend):
     def preprocess(self, images: ImageInput, **kwargs: Unpack[LlavaUhdImageProcessorKwargs]) -> BatchFeature:
         r"""
         Returns:
-            [`BatchFeature`] with `pixel_values` of shape `(total_patches, channels * patch_size**2)`, float32, patches of
-            all views of all images (slices row by row, then the overview), and `image_grids` of shape
-            `(num_images, 3, 2)`: `(rows, columns)` of slices, of the patches of a slice, of the patches of the overview.
+            [`BatchFeature`] with `pixel_values` of shape `(total_patches, channels * patch_size**2)`, float32, patches
+            of all views of all images (slices row by row, then the overview), and `image_grids` of shape `(num_images,
+            3, 2)`: `(rows, columns)` of slices, of the patches of a slice, of the patches of the overview.
         """
         return super().preprocess(images, **kwargs)
 
@@ -73,7 +86,7 @@ class LlavaUhdImageProcessor(LlavaUhdSlicingMixin, TorchvisionBackend):
         settings.update(do_resize=do_resize, patch_size=patch_size)
         plans = self.plan_images([(image.shape[-1], image.shape[-2]) for image in images], settings)
         patches = []
-        for image, (size, plan) in zip(images, plans):
+        for image, (size, plan) in zip(images, plans, strict=True):
             image = self._resize_to(image, size, resample)
             for view_size, rows, columns in ((plan.refined_size, plan.rows, plan.columns), (plan.overview_size, 1, 1)):
                 if view_size is None:
@@ -99,7 +112,7 @@ class LlavaUhdImageProcessor(LlavaUhdSlicingMixin, TorchvisionBackend):
 
 
 def to_patches(pixels: torch.Tensor, rows: int, columns: int, patch_size: int) -> torch.Tensor:
-    """Cuts a `(channels, height, width)` image into equal views and these into `(num_patches, channels * patch_size**2)`."""
+    """Cuts a `(channels, height, width)` image into equal views, and these into rows of `channels * patch_size**2`."""
     channels, height, width = pixels.shape
     shape = (rows, height // (rows * patch_size), patch_size, columns, width // (columns * patch_size), patch_size)
     return pixels.reshape(channels, *shape).permute(1, 4, 2, 5, 0, 3, 6).reshape(-1, channels * patch_size**2)

@@ -1,6 +1,19 @@
+# Copyright 2026 The llava-family authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """PIL image processor of LLaVA-UHD, the default: its pixels are those of the original code."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -42,11 +55,8 @@ class LlavaUhdImageProcessorKwargs(ImagesKwargs, total=False):
 SLICING_SETTINGS = ("base_size", "patch_size", "max_slices", "pre_resize_longest_edge", "do_resize")
 
 
-class PixelImage(NamedTuple):
-    """A prepared image and the value that its grey level 255 stands for: 255, or 1 for float arrays in 0..1."""
-
-    image: Image.Image
-    white: float
+# A prepared image, and the value that its grey level 255 stands for: 255, or 1 for float arrays in 0..1
+PreparedImage = tuple[Image.Image, float]
 
 
 def plan_image(
@@ -114,9 +124,7 @@ class LlavaUhdSlicingMixin:
         super()._validate_preprocess_kwargs(**kwargs)
 
     @staticmethod
-    def plan_images(
-        sizes: list[tuple[int, int]], settings: dict[str, Any]
-    ) -> list[tuple[tuple[int, int], SlicePlan]]:
+    def plan_images(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[tuple[int, int], SlicePlan]]:
         """`plan_image` of every `(width, height)`, with errors that name the image."""
         plans = []
         for index, size in enumerate(sizes):
@@ -151,9 +159,9 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
     def preprocess(self, images: ImageInput, **kwargs: Unpack[LlavaUhdImageProcessorKwargs]) -> BatchFeature:
         r"""
         Returns:
-            [`BatchFeature`] with `pixel_values` of shape `(total_patches, channels * patch_size**2)`, float32, patches of
-            all views of all images (slices row by row, then the overview), and `image_grids` of shape
-            `(num_images, 3, 2)`: `(rows, columns)` of slices, of the patches of a slice, of the patches of the overview.
+            [`BatchFeature`] with `pixel_values` of shape `(total_patches, channels * patch_size**2)`, float32, patches
+            of all views of all images (slices row by row, then the overview), and `image_grids` of shape `(num_images,
+            3, 2)`: `(rows, columns)` of slices, of the patches of a slice, of the patches of the overview.
         """
         return super().preprocess(images, **kwargs)
 
@@ -181,7 +189,7 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Unpack[ImagesKwargs],
-    ) -> PixelImage:
+    ) -> PreparedImage:
         """Brings a PIL image or an array to 8 bits, upright and, with `do_convert_rgb`, to RGB over white.
 
         Raises:
@@ -199,7 +207,7 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-        return PixelImage(image, white)
+        return image, white
 
     def _array_to_image(
         self, array: Any, input_data_format: str | ChannelDimension | None
@@ -214,8 +222,8 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         low, high = array.min(), array.max()
         if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 255:
             raise ValueError(
-                f"it is an array with values from {low} to {high}, but grey levels must be finite and lie in 0..255, or "
-                "in 0..1 as floats."
+                f"it is an array with values from {low} to {high}, but grey levels must be finite and lie in 0..255, "
+                "or in 0..1 as floats."
             )
         white = 1.0 if array.dtype.kind in "fb" and high <= 1 else 255.0
         if array.dtype != np.uint8:
@@ -224,7 +232,7 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
 
     def _preprocess(
         self,
-        images: list[PixelImage],
+        images: list[PreparedImage],
         do_resize: bool,
         resample: PILImageResampling | None,
         do_rescale: bool,
@@ -243,7 +251,7 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         num_patches = sum(plan.num_patches for _, plan in plans)
         pixel_values = np.empty((num_patches, channels, patch_size**2), dtype=np.float32)
         start = 0
-        for (image, white), (size, plan) in zip(images, plans):
+        for (image, white), (size, plan) in zip(images, plans, strict=True):
             values = self._grey_level_values(
                 channels, white, do_rescale, rescale_factor, do_normalize, image_mean, image_std
             )
@@ -286,13 +294,14 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         values = np.tile(levels.astype(np.float32), (num_channels, 1))
         if do_normalize:
             mean, std = (
-                np.broadcast_to(np.asarray(stat, dtype=np.float32), (num_channels,)) for stat in (image_mean, image_std)
+                np.broadcast_to(np.asarray(stat, dtype=np.float32), (num_channels,))
+                for stat in (image_mean, image_std)
             )
             values = (values - mean[:, None]) / std[:, None]
         return values
 
 
-def _common_channels(images: list[PixelImage]) -> int:
+def _common_channels(images: list[PreparedImage]) -> int:
     channels = [len(image.getbands()) for image, _ in images]
     if len(set(channels)) > 1:
         raise ValueError(

@@ -1,12 +1,27 @@
-"""PyTorch LLaVA-UHD model: CLIP over views of any shape, a resampler to a fixed number of features per view, a text model.
+# Copyright 2026 The llava-family authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch LLaVA-UHD model: CLIP over views of any shape, a resampler to equally many features per view, a text model.
 
 Design choices:
 - All views of a batch are packed into one sequence, so every linear layer is one matrix product. Only attention looks
   at single views: equal shapes are stacked, or, under flash attention, all of them run at once by `cu_seq_lens`.
   Nothing is padded and nothing is masked, as in the original, which encodes one view at a time.
-- RoI align with axis-parallel regions on a regular grid is separable: two small matrices per patch grid sample the maps
+- RoI align with axis-parallel regions on a regular grid is separable: two small matrices per patch grid sample the
+  maps
   of all views at once, exactly as the compiled kernel that the weights were trained with.
-- The image placeholder is no entry of the vocabulary. Logits, loss and generation are those of the original text model.
+- The image placeholder is no entry of the vocabulary. Logits, loss and generation are those of the original text
+  model.
 """
 
 import math
@@ -168,7 +183,7 @@ class LlavaUhdVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.table_size**2 + 1, config.hidden_size)
 
     def interpolate_positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position table of a `(rows, columns)` grid, `(1 + rows * columns, hidden_size)`, in the parameters' dtype."""
+        """Position table of a `(rows, columns)` grid, `(1 + rows * columns, hidden_size)`, in its own dtype."""
         table = self.position_embedding.weight
         if grid == (self.table_size, self.table_size):
             return table
@@ -334,13 +349,13 @@ class LlavaUhdVisionModel(LlavaUhdPreTrainedModel):
         stacked = hidden_states.split([count * length for count, length, _ in groups])
         patches = [
             states.unflatten(0, (count, length))[:, 1:].flatten(0, 1)
-            for states, (count, length, _) in zip(stacked, groups)
+            for states, (count, length, _) in zip(stacked, groups, strict=True)
         ]
         return BaseModelOutputWithPooling(last_hidden_state=torch.cat(patches))
 
 
 def sincos_positions(num_positions: int, dim: int) -> torch.Tensor:
-    """The resampler's position table, `(num_positions, dim)` in float32: a square's columns, then its rows, as sines."""
+    """Position table of a square, `(num_positions, dim)` in float32: sines of the column, then of the row."""
     side = math.isqrt(num_positions)
     frequencies = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32) / (dim / 4))
     angles = torch.arange(side, dtype=torch.float32)[:, None] * frequencies
@@ -361,11 +376,11 @@ def region_sampling_weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RoI align of `regions` x `regions` equal boxes over a patch grid, as one matrix for each axis.
 
-    A box's samples form a grid and bilinear interpolation is a product over the axes, hence pooling a `(rows, columns)`
-    map `M` is `row_weights @ M @ column_weights.T`. The numbers are those of torchvision's compiled kernel with
-    `aligned=False, sampling_ratio=-1`: cell centres lie at integers, samples beyond the map count as zeros, and regions
-    of less than one patch are enlarged to one. The weights were trained with all of this, and with box corners rounded
-    to `dtype`.
+    A box's samples form a grid and bilinear interpolation is a product over the axes, hence pooling a `(rows,
+    columns)` map `M` is `row_weights @ M @ column_weights.T`. The numbers are those of torchvision's compiled kernel
+    with `aligned=False, sampling_ratio=-1`: cell centres lie at integers, samples beyond the map count as zeros, and
+    regions of less than one patch are enlarged to one. The weights were trained with all of this, and with box corners
+    rounded to `dtype`.
 
     Args:
         grid (`tuple[int, int]`): `(rows, columns)` of patches.
@@ -419,6 +434,8 @@ class LlavaUhdResamplerAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         self.num_key_value_groups = 1
+        # CODEPATH: guozonghao96/llava-uhd-144-13b is spatial; the arXiv paper's model (no weights released) a
+        # perceiver.
         self.queries_per_problem = 1 if config.resampler_type == "spatial" else config.num_queries
         self.q_proj = nn.Linear(hidden_size, hidden_size)
         self.k_proj = nn.Linear(hidden_size, hidden_size)
@@ -483,13 +500,14 @@ class LlavaUhdResampler(nn.Module):
     def forward(
         self, vision_features: torch.Tensor, view_grids: list[tuple[int, int]], **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
-        """`(total_patches, vision_hidden_size)` packed features of all views to `(views, num_queries, hidden_size)`."""
+        """Packed `(total_patches, vision_hidden_size)` features to `(views, num_queries, hidden_size)`."""
         features = self.ln_kv(self.kv_proj(vision_features))
         keys, values, groups, start = [], [], [], 0
         for grid, count in _consecutive(view_grids):
             end = start + count * grid[0] * grid[1]
             value_maps = features[start:end].unflatten(0, (count, -1))
             key_maps = value_maps + self.interpolate_positions(grid).to(features.dtype)
+            # CODEPATH: guozonghao96/llava-uhd-144-13b is spatial; the arXiv paper's model a perceiver.
             if self.config.resampler_type == "spatial":
                 both = self.sample_regions(torch.cat([key_maps, value_maps], dim=-1), grid)
                 key, value = both.chunk(2, dim=-1)
@@ -590,6 +608,7 @@ class LlavaUhdModel(LlavaUhdPreTrainedModel):
         """
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
+        # CODEPATH: a checkpoint whose vocabulary was extended by the placeholder
         elif self.config.image_token_id < self.config.text_config.vocab_size:
             token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
             mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
@@ -606,6 +625,7 @@ class LlavaUhdModel(LlavaUhdPreTrainedModel):
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def _embed_tokens(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
+        # CODEPATH: all converted releases; only a checkpoint whose vocabulary was extended embeds the placeholder
         if self.config.image_token_id >= self.config.text_config.vocab_size:
             input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
         return self.get_input_embeddings()(input_ids)
@@ -635,7 +655,7 @@ class LlavaUhdModel(LlavaUhdPreTrainedModel):
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if (pixel_values is None) != (image_grids is None):
-            raise ValueError("`pixel_values` and `image_grids` belong together: pass both, as the processor returns them.")
+            raise ValueError("`pixel_values` and `image_grids` belong together: pass both, as the processor returns.")
 
         if inputs_embeds is None:
             inputs_embeds = self._embed_tokens(input_ids)
@@ -648,6 +668,13 @@ class LlavaUhdModel(LlavaUhdPreTrainedModel):
             image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
+        elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            num_placeholders = (input_ids == self.config.image_token_id).sum()
+            torch_compilable_check(
+                num_placeholders == 0,
+                f"The prompt has {num_placeholders} image placeholders, but no images were passed: pass "
+                "`pixel_values` and `image_grids` as the processor returns them.",
+            )
 
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             # Counted from the first real token, so that a padded row gets the positions it has alone.
@@ -684,8 +711,8 @@ class _InVocabularyLogitsProcessorList(LogitsProcessorList):
 
 @auto_docstring(
     custom_intro="""
-    The LLaVA-UHD model (arXiv 2403.11703): a language model that sees images of any aspect ratio and high resolution as
-    adaptively cut slices and an overview.
+    The LLaVA-UHD model (arXiv 2403.11703): a language model that sees images of any aspect ratio and high resolution
+    as adaptively cut slices and an overview.
     """
 )
 class LlavaUhdForConditionalGeneration(LlavaUhdPreTrainedModel, GenerationMixin):
@@ -717,8 +744,10 @@ class LlavaUhdForConditionalGeneration(LlavaUhdPreTrainedModel, GenerationMixin)
         """
         return self.model.get_image_features(pixel_values=pixel_values, image_grids=image_grids, **kwargs)
 
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
+    def _get_logits_processor(self, *args, encoder_input_ids=None, **kwargs) -> LogitsProcessorList:
+        if encoder_input_ids is not None:
+            encoder_input_ids = encoder_input_ids.masked_fill(encoder_input_ids == self.config.image_token_id, 0)
+        processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
         return _InVocabularyLogitsProcessorList(processors, self.config.image_token_id)
 
     @can_return_tuple
@@ -786,7 +815,7 @@ class LlavaUhdForConditionalGeneration(LlavaUhdPreTrainedModel, GenerationMixin)
         )
 
 
-# Classes outside of transformers get no conversion of their own, see https://github.com/huggingface/transformers/pull/46876
+# Classes outside of transformers inherit no conversion: https://github.com/huggingface/transformers/pull/46876
 register_checkpoint_conversion_mapping(LlavaUhdConfig.model_type, original_weight_mapping(), overwrite=True)
 
 

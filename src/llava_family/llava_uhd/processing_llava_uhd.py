@@ -1,3 +1,16 @@
+# Copyright 2026 The llava-family authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Processor of LLaVA-UHD: prompts with image placeholders to token ids, images to patches of their views."""
 
 import re
@@ -19,8 +32,8 @@ CHAT_TEMPLATE = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
 {%- set system, turns = messages[0]['content'], messages[1:] -%}
 {%- else -%}
-{%- set system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, \
-detailed, and polite answers to the user's questions." -%}
+{%- set system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives \
+helpful, detailed, and polite answers to the user's questions." -%}
 {%- set turns = messages -%}
 {%- endif -%}
 {%- macro text_of(content) -%}
@@ -78,13 +91,13 @@ class LlavaUhdProcessor(ProcessorMixin):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 5 or ids[::2] != [self.image_token_id] * 3:
             raise ValueError(
-                f"{type(self.tokenizer).__name__} must encode the separators {COLUMN_SEPARATOR!r} and {ROW_SEPARATOR!r} "
+                f"{type(self.tokenizer).__name__} must encode {COLUMN_SEPARATOR!r} and {ROW_SEPARATOR!r} "
                 f"between image tokens as one token each, but {text!r} becomes {ids}. A Llama tokenizer needs "
                 "`legacy=False`."
             )
         self.column_separator_id, self.row_separator_id = ids[1], ids[3]
-        # SentencePiece puts a space before the first piece of a text, and the original tokenizes the text behind an image
-        # by itself.
+        # SentencePiece puts a space before the first piece of a text, and the original tokenizes the text behind an
+        # image by itself.
         self._starts_with_space = self.tokenizer.tokenize(COLUMN_SEPARATOR)[0].startswith("\u2581")
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
@@ -95,7 +108,7 @@ class LlavaUhdProcessor(ProcessorMixin):
 
     def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
         if self._starts_with_space and images_replacements:
-            special = "|".join(re.escape(token) for token in self.tokenizer.all_special_tokens)
+            special = "|".join(map(re.escape, [self.image_token, *self.tokenizer.all_special_tokens]))
             images_replacements = list(images_replacements)
             followers = [
                 sample[match.end() :] for sample in text for match in re.finditer(re.escape(self.image_token), sample)
@@ -134,7 +147,7 @@ class LlavaUhdProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not processor_dict and is_original_config(config_dict):
-            # Releases have a tokenizer alone. They were trained with padding on the right; generation needs it on the left.
+            # Releases have a tokenizer alone, padding on the right as in training. Generation needs it on the left.
             tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
             tokenizer.padding_side = "left"
             return [LlavaUhdImageProcessorPil(), tokenizer]

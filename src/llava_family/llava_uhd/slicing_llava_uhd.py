@@ -1,3 +1,16 @@
+# Copyright 2026 The llava-family authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """Adaptive slicing of LLaVA-UHD (arXiv 2403.11703, section 3.2): which views an image of a given size is cut into.
 
 `plan_slices` is pure arithmetic on the image size. It is the only code of the package that knows grids and token
@@ -46,7 +59,8 @@ class SlicePlan:
     @property
     def view_grids(self) -> list[tuple[int, int]]:
         """`(rows, columns)` of patches of every view in encoding order: slices row by row, then the overview."""
-        sizes = [self.slice_size] * self.num_slices + [self.overview_size]
+        slices = [] if self.slice_size is None else [self.slice_size] * self.num_slices
+        sizes = [*slices, self.overview_size]
         return [(height // self.patch_size, width // self.patch_size) for width, height in sizes]
 
     @property
@@ -134,15 +148,16 @@ def pre_resize_size(width: int, height: int, longest_edge: int) -> tuple[int, in
     new_height = int(height * ratio) if width > height else longest_edge
     if new_width < 1 or new_height < 1:
         raise ValueError(
-            f"An image of {width}x{height} pixels is too thin for `pre_resize_longest_edge={longest_edge}`: its shorter "
-            "side would become 0 pixels. Leave `pre_resize_longest_edge` unset for such images."
+            f"An image of {width}x{height} pixels is too thin for `pre_resize_longest_edge={longest_edge}`: its "
+            "shorter side would become 0 pixels. Leave `pre_resize_longest_edge` unset for such images."
         )
     return new_width, new_height
 
 
 def _best_grid(width: int, height: int, ideal_count: int, max_slices: int) -> tuple[int, int]:
     # The released weights were trained with exactly these doubles: |ln(2/3)| and |ln(3/2)| differ in their last bit,
-    # which is why a large square is cut 3x2 and not 2x3. Rational or float32 arithmetic would break such ties elsewhere.
+    # which is why a large square is cut 3x2 and not 2x3. Rational or float32 arithmetic would break such ties
+    # elsewhere.
     log_aspect_ratio = math.log(width / height)
     best_error, best = math.inf, (1, ideal_count)
     for count in (ideal_count - 1, ideal_count, ideal_count + 1):
@@ -158,9 +173,7 @@ def _best_grid(width: int, height: int, ideal_count: int, max_slices: int) -> tu
     return best
 
 
-def _fit_area(
-    width: float, height: float, base_size: int, patch_size: int, *, upscale: bool
-) -> tuple[int, int]:
+def _fit_area(width: float, height: float, base_size: int, patch_size: int, *, upscale: bool) -> tuple[int, int]:
     """The multiples of `patch_size` below the size of about `base_size**2` pixels with the same aspect ratio."""
     if upscale or width * height > base_size**2:
         aspect_ratio = width / height

@@ -1,4 +1,17 @@
-"""Which tensor of an original LLaVA-UHD checkpoint becomes which parameter; shared by direct loading and conversion."""
+# Copyright 2026 The llava-family authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which tensor of an original checkpoint becomes which parameter; shared by direct loading and conversion."""
 
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
 
@@ -6,7 +19,7 @@ from .configuration_llava_uhd import LlavaUhdVisionConfig
 
 
 def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
-    """The transforms that turn an original checkpoint into a native one. On a native checkpoint none of them matches."""
+    """The transforms from an original checkpoint to a native one; on a native one none of them matches."""
     return [
         WeightRenaming(r"^model\.embed_tokens\.", "model.language_model.embed_tokens."),
         WeightRenaming(r"^model\.layers\.", "model.language_model.layers."),
@@ -31,7 +44,7 @@ def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
 
 
 def unused_original_weights(config: LlavaUhdVisionConfig) -> dict[str, str]:
-    """Why a tensor of an original vision tower has no parameter, by regular expression for its name in either format."""
+    """Why tensors of an original vision tower have no parameter, by regular expression for names in either format."""
     unused_layers = range(config.num_feature_layers, config.num_hidden_layers)
     above = "the image features are taken below it"
     return {
