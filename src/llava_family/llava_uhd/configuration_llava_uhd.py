@@ -183,9 +183,11 @@ class LlavaUhdConfig(PreTrainedConfig):
         return config_dict, kwargs
 
 
-@auto_docstring(custom_intro="The configuration of an original release, read as a [`LlavaUhdConfig`].")
+# Read but never written or built by hand: it has no parameters to document.
 @strict
-class LlavaLlamaConfig(PreTrainedConfig):
+class LlavaLlamaConfig(PreTrainedConfig):  # trf-ignore: TRF057
+    """The configuration of an original release, whose model type is LLaVA-1.5's; reads as a [`LlavaUhdConfig`]."""
+
     model_type = "llava_llama"
 
     @classmethod

@@ -44,7 +44,7 @@ from transformers.models.auto.modeling_auto import AutoModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_llava_uhd import LlavaUhdConfig, LlavaUhdVisionConfig
 from .weight_mapping_llava_uhd import original_weight_mapping, unused_original_weights
@@ -113,7 +113,7 @@ def packed_attention(
     groups: list[tuple[int, int, int]],
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...] | None]:
     """Attention within the sequences that `groups` names, in packed states.
 
     Args:
@@ -123,7 +123,8 @@ def packed_attention(
         groups (`list[tuple[int, int, int]]`): `(sequences, query length, key length)` of consecutive equal sequences.
 
     Returns:
-        `torch.Tensor` of shape `(total_query_length, heads * head_dim)`.
+        `torch.Tensor` of shape `(total_query_length, heads * head_dim)`, and, where the attention implementation has
+        them, the weights of shape `(sequences, heads, query length, key length)`, one tensor for each group.
     """
     attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
         module.config._attn_implementation, eager_attention_forward
@@ -144,18 +145,21 @@ def packed_attention(
             max_length_k=max(key_lengths),
             **kwargs,
         )
-        return output.reshape(queries.shape[0], -1)
+        return output.reshape(queries.shape[0], -1), None
 
-    outputs, query_start, key_start = [], 0, 0
+    outputs, weights, query_start, key_start = [], [], 0, 0
     for count, query_length, key_length in groups:
         query_end, key_end = query_start + count * query_length, key_start + count * key_length
         query = queries[query_start:query_end].unflatten(0, (count, query_length)).transpose(1, 2)
         key = keys[key_start:key_end].unflatten(0, (count, key_length)).transpose(1, 2)
         value = values[key_start:key_end].unflatten(0, (count, key_length)).transpose(1, 2)
-        output, _ = attention_interface(module, query, key, value, attention_mask=None, **kwargs)
+        output, group_weights = attention_interface(module, query, key, value, attention_mask=None, **kwargs)
         outputs.append(output.reshape(count * query_length, -1))
+        weights.append(group_weights)
         query_start, key_start = query_end, key_end
-    return torch.cat(outputs)
+    if any(group_weights is None for group_weights in weights):
+        return torch.cat(outputs), None
+    return torch.cat(outputs), weights[0] if len(weights) == 1 else tuple(weights)
 
 
 def _cumulative(lengths: list[int], device: torch.device) -> torch.Tensor:
@@ -224,14 +228,14 @@ class LlavaUhdVisionAttention(nn.Module):
         hidden_states: torch.Tensor,
         groups: list[tuple[int, int, int]],
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | tuple[torch.Tensor, ...] | None]:
         queries, keys, values = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         dropout = self.config.attention_dropout if self.training else 0.0
-        attention_output = packed_attention(self, queries, keys, values, groups, dropout=dropout, **kwargs)
-        return self.out_proj(attention_output)
+        output, weights = packed_attention(self, queries, keys, values, groups, dropout=dropout, **kwargs)
+        return self.out_proj(output), weights
 
 
 class LlavaUhdVisionMLP(nn.Module):
@@ -259,7 +263,8 @@ class LlavaUhdVisionEncoderLayer(GradientCheckpointingLayer):
         groups: list[tuple[int, int, int]],
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states), groups, **kwargs)
+        attention_output, _ = self.self_attn(self.layer_norm1(hidden_states), groups, **kwargs)
+        hidden_states = hidden_states + attention_output
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
@@ -314,7 +319,10 @@ class LlavaUhdVisionModel(LlavaUhdPreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _input_embed_layer = "patch_embedding"
-    _can_record_outputs = {"hidden_states": LlavaUhdVisionEncoderLayer}
+    _can_record_outputs = {
+        "hidden_states": LlavaUhdVisionEncoderLayer,
+        "attentions": OutputRecorder(LlavaUhdVisionAttention, index=1),
+    }
 
     def __init__(self, config: LlavaUhdVisionConfig):
         super().__init__(config)
@@ -456,7 +464,8 @@ class LlavaUhdResamplerAttention(nn.Module):
         keys = self.k_proj(keys).unflatten(-1, (-1, self.head_dim))
         values = self.v_proj(values).unflatten(-1, (-1, self.head_dim))
         attention_groups = [(problems, self.queries_per_problem, length) for problems, length in groups]
-        return self.out_proj(packed_attention(self, queries, keys, values, attention_groups, **kwargs))
+        output, _ = packed_attention(self, queries, keys, values, attention_groups, **kwargs)
+        return self.out_proj(output)
 
 
 class LlavaUhdResampler(nn.Module):
@@ -472,7 +481,7 @@ class LlavaUhdResampler(nn.Module):
         self.side = math.isqrt(config.num_queries)
         self.query = nn.Parameter(torch.zeros(config.num_queries, hidden_size))
         # A buffer, since the original never trains it; saved, since releases hold it rounded to bfloat16
-        self.pos_embed = nn.Buffer(torch.zeros(config.num_queries, hidden_size))
+        self.pos_embed = nn.Buffer(sincos_positions(config.num_queries, hidden_size))
         has_projection = vision_size != hidden_size
         self.kv_proj = nn.Linear(vision_size, hidden_size, bias=False) if has_projection else nn.Identity()
         self.attention = LlavaUhdResamplerAttention(config)
@@ -624,6 +633,16 @@ class LlavaUhdModel(LlavaUhdPreTrainedModel):
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
+    def _check_no_placeholder(self, input_ids: torch.LongTensor) -> None:
+        # CODEPATH: all converted releases; only a checkpoint whose vocabulary was extended embeds the placeholder
+        if self.config.image_token_id >= self.config.text_config.vocab_size:
+            num_placeholders = (input_ids == self.config.image_token_id).sum()
+            torch_compilable_check(
+                num_placeholders == 0,
+                f"The prompt has {num_placeholders} image placeholders, but no images were passed: pass "
+                "`pixel_values` and `image_grids` as the processor returns them.",
+            )
+
     def _embed_tokens(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
         # CODEPATH: all converted releases; only a checkpoint whose vocabulary was extended embeds the placeholder
         if self.config.image_token_id >= self.config.text_config.vocab_size:
@@ -669,12 +688,7 @@ class LlavaUhdModel(LlavaUhdPreTrainedModel):
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
         elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            num_placeholders = (input_ids == self.config.image_token_id).sum()
-            torch_compilable_check(
-                num_placeholders == 0,
-                f"The prompt has {num_placeholders} image placeholders, but no images were passed: pass "
-                "`pixel_values` and `image_grids` as the processor returns them.",
-            )
+            self._check_no_placeholder(input_ids)
 
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             # Counted from the first real token, so that a padded row gets the positions it has alone.
