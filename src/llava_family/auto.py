@@ -46,7 +46,6 @@ FAMILIES = (Family("llava_uhd", "LlavaUhd", "LlavaUhdForConditionalGeneration", 
 def register() -> None:
     """Registers the classes of all families with transformers' Auto classes. Calling it again changes nothing."""
     import transformers
-    from transformers.models.auto import image_processing_auto, modeling_auto
 
     for family in FAMILIES:
         prefix = family.prefix
@@ -68,14 +67,6 @@ def register() -> None:
         }
         transformers.AutoImageProcessor.register(config, image_processor_classes=image_processors, exist_ok=True)
 
-        # `transformers serve` looks class names up in these tables, which `.register` does not fill.
-        for table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
-            getattr(modeling_auto, table, {})[family.model_type] = family.head
-        # The PIL backend has the original's pixels, so it stays the default where torchvision is installed.
-        pil_by_default = getattr(image_processing_auto, "DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS", [])
-        if f"{prefix}ImageProcessor" not in pil_by_default:
-            pil_by_default.append(f"{prefix}ImageProcessor")
-
 
 def register_on_first_use() -> None:
     """Arranges that `register` runs before transformers' Auto mappings are first read, whenever that is."""
@@ -86,7 +77,20 @@ def register_on_first_use() -> None:
         sys.meta_path.insert(0, _AutoModuleFinder())
 
 
+def _fill_name_tables(module: ModuleType) -> None:
+    """Enters class names where transformers looks names up in a table that `.register` does not fill."""
+    for family in FAMILIES:
+        # `transformers serve` knows by these what a model is.
+        for table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
+            getattr(module, table, {})[family.model_type] = family.head
+        # The PIL backend has the original's pixels, so it stays the default where torchvision is installed.
+        pil_by_default = getattr(module, "DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS", [])
+        if f"{family.prefix}ImageProcessor" not in pil_by_default:
+            pil_by_default.append(f"{family.prefix}ImageProcessor")
+
+
 def _watch_mappings(module: ModuleType) -> None:
+    _fill_name_tables(module)
     for name in AUTO_MAPPINGS[module.__name__]:
         mapping = getattr(module, name)
         if not isinstance(mapping._extra_content, _WatchedRegistrations):

@@ -38,6 +38,9 @@ class LlavaUhdImageProcessingTester(ImageProcessingTester):
 
 class LlavaUhdImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     image_processor_tester_class = LlavaUhdImageProcessingTester
+    # On noise, as here, bicubic overshoots; PIL clamps it between its two passes and torch only at the end. On
+    # photographs the backends differ by one grey level, 0.015.
+    backend_equivalence_atol = 0.3
 
     def check_call(self, inputs, **kwargs):
         # Patches of all images form one matrix, where the mixin expects a batch of equal images.

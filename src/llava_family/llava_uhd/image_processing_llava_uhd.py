@@ -68,6 +68,19 @@ class LlavaUhdImageProcessor(LlavaUhdSlicingMixin, TorchvisionBackend):
                 raise ValueError(f"Image {index} of {len(images)} cannot be processed: {error}") from error
         return prepared
 
+    def process_image(self, image: ImageInput, *args, **kwargs) -> torch.Tensor:
+        image = super().process_image(image, *args, **kwargs)
+        if image.is_floating_point() and image.numel():
+            low, high = image.aminmax()
+            if not (low >= 0 and high <= 255):
+                raise ValueError(
+                    f"it holds values from {low} to {high}, but grey levels must be finite and lie in 0..255, or in "
+                    "0..1 as floats."
+                )
+            if kwargs.get("do_rescale"):  # which takes 8-bit grey levels, as does the resize that rounds as PIL does
+                image = (image * 255 if high <= 1 else image).round().to(torch.uint8)
+        return image
+
     def _preprocess(
         self,
         images: list[torch.Tensor],

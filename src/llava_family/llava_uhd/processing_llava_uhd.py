@@ -144,6 +144,12 @@ class LlavaUhdProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, mm_vision_tower=None, **kwargs):
+        # `mm_vision_tower` tells the configuration of an original release where CLIP lies. A processor has no use for
+        # it, but one set of arguments shall load all parts of a release.
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not processor_dict and is_original_config(config_dict):
