@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from PIL import Image
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
@@ -31,19 +32,16 @@ def convert(output: Path) -> None:
 
 
 def describe(image: Image.Image, name: str, processor) -> list[str]:
+    """What the slicing plan says about an image: the cells of a table row."""
     plan = processor.image_processor.slice_plan(*image.size)
-    slices = (
-        "none"
-        if plan.slice_size is None
-        else f"{plan.columns}x{plan.rows} of {plan.slice_size[0]}x{plan.slice_size[1]}"
-    )
+    slices = f"{plan.columns}x{plan.rows} of {plan.slice_size[0]}x{plan.slice_size[1]}" if plan.slice_size else "none"
     overview = f"{plan.overview_size[0]}x{plan.overview_size[1]}"
     tokens = plan.num_tokens(processor.num_queries)
     return [name, f"{image.width}x{image.height}", slices, overview, str(plan.num_views), str(tokens)]
 
 
 def main() -> None:
-    console = Console()
+    console = Console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "llava-uhd-tiny"
         start = time.perf_counter()
@@ -51,9 +49,10 @@ def main() -> None:
         console.print(f"converted the original layout in {time.perf_counter() - start:.2f} s")
         processor = AutoProcessor.from_pretrained(checkpoint)
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32")
+        model.generation_config.max_length = None  # the release's 4096; `max_new_tokens` counts here
         ask = pipeline("image-text-to-text", model=model, processor=processor)
 
-        table = Table("image", "size", "slices", "overview", "views", "tokens", "seconds", "answer")
+        table = Table("image", "pixels", "slices", "overview", "views", "tokens", "seconds", box=SIMPLE)
         for path in IMAGES:
             image = Image.open(path).convert("RGB")
             messages = [
@@ -67,7 +66,8 @@ def main() -> None:
                 text=messages, return_full_text=False, generate_kwargs={"do_sample": False, "max_new_tokens": 16}
             )
             seconds = f"{time.perf_counter() - start:.2f}"
-            table.add_row(*describe(image, path.name, processor), seconds, repr(output[0]["generated_text"]))
+            table.add_row(*describe(image, path.name, processor), seconds)
+            console.print(f"{path.name}: {QUESTION} {output[0]['generated_text']!r}")
         console.print(table)
     console.print(
         "The answers are noise: this checkpoint is tiny and its weights are random. It shows that conversion, "

@@ -30,14 +30,23 @@ def generate(
     device: Annotated[str | None, typer.Option(help="Device, by default the GPU where there is one.")] = None,
 ) -> None:
     """Ask a model about images; the answer is written while it is generated."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        images = [Image.open(file) if Path(file).is_file() else file for file in image or []]
+        images = [_open_image(file) for file in image or []]
         _stream_answer(model, prompt, images, vision_tower, max_new_tokens, temperature, dtype, device)
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+    except (OSError, ValueError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
+
+
+def _open_image(file: str):
+    """An opened image file, or a URL for the processor to fetch; wrong ones fail before the model is loaded."""
+    from PIL import Image
+
+    if file.startswith(("http://", "https://")):
+        return file
+    if not Path(file).is_file():
+        raise ValueError(f"The image {file!r} is neither a file nor a URL.")
+    return Image.open(file)
 
 
 def _stream_answer(
@@ -54,8 +63,8 @@ def _stream_answer(
     from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
 
     original = {"mm_vision_tower": vision_tower} if vision_tower else {}
-    processor = AutoProcessor.from_pretrained(model_name, **original)
     model = AutoModelForImageTextToText.from_pretrained(model_name, dtype=dtype, **original)
+    processor = AutoProcessor.from_pretrained(model_name, **original)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]

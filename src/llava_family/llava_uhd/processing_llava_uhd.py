@@ -16,7 +16,7 @@
 import re
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.models.llama.tokenization_llama import LlamaTokenizer
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import auto_docstring
 
@@ -154,7 +154,7 @@ class LlavaUhdProcessor(ProcessorMixin):
         config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not processor_dict and is_original_config(config_dict):
             # Releases have a tokenizer alone, padding on the right as in training. Generation needs it on the left.
-            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            tokenizer = LlamaTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
             tokenizer.padding_side = "left"
             return [LlavaUhdImageProcessorPil(), tokenizer]
         return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
