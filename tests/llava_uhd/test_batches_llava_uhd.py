@@ -13,7 +13,7 @@ from .tiny import tiny_model, tiny_processor
 WORDS = ["a", "tree", "the sign,", "near\n", "road?", "What is", "red", "</s>USER: "]
 
 
-def random_size(rng, max_side=4000, max_area=400_000):
+def random_size(rng, max_side=4000, max_area=1_000_000):
     width = int(max_side ** rng.random())
     height = int(min(max_side, max_area / width) ** rng.random())
     return max(width, 1), max(height, 1)

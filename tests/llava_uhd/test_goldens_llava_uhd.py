@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ def encode(goldens, processor, name):
 
 def assert_sampled_close(goldens, name, actual, atol):
     """Compares with the golden `name`, which holds every N-th row where it is called `name_sN`."""
-    key = next(key for key in goldens.tensors if key == name or key.startswith(f"{name}_s"))
-    step = int(key[len(name) + 2 :] or 1) if key != name else 1
+    key = next(key for key in goldens.tensors if re.fullmatch(rf"{re.escape(name)}(_s\d+)?", key))
+    step = int(key.removeprefix(name).removeprefix("_s") or 1)
     torch.testing.assert_close(actual[::step], goldens[key], atol=atol, rtol=0)
 
 
@@ -84,6 +85,18 @@ def test_vision_and_resampled_features(goldens, golden_model, golden_processor, 
             torch.testing.assert_close(
                 resampled[view].norm(dim=1), goldens[f"{key}.resampled_rownorm"], atol=1e-4, rtol=0
             )
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_merged_embeddings(goldens, golden_model, golden_processor, name):
+    merged = []
+    hook = golden_model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: merged.append(kwargs["inputs_embeds"][0]), with_kwargs=True
+    )
+    with torch.no_grad(), hook:
+        golden_model(**encode(goldens, golden_processor, name))
+    assert_sampled_close(goldens, f"{name}.inputs_embeds", merged[0], atol=1e-4)
+    torch.testing.assert_close(merged[0].norm(dim=1), goldens[f"{name}.inputs_embeds_rownorm"], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", INFERENCE)
@@ -236,7 +249,7 @@ def test_resampler_of_any_grid(goldens, golden_model, name):
     assert list(pooling_size(grid)) == case["pool_hw"]
     with torch.no_grad():
         output = resampler(closed_form_features(*grid, 32), [grid])[0]
-        vision_positions = golden_model.model.vision_tower.embeddings.interpolate_positions(grid)
+        vision_positions = golden_model.model.vision_tower.embeddings.position_embedding(grid)
     assert_sampled_close(goldens, f"{key}.out", output, atol=1e-4)
     torch.testing.assert_close(output.norm(dim=1), goldens[f"{key}.out_rownorm"], atol=1e-4, rtol=0)
     assert_sampled_close(goldens, f"{key}.clip_pos", vision_positions, atol=1e-6)
@@ -248,10 +261,10 @@ HALF_PRECISION = ["19x29", "29x19", "60x9", "7x60"]  # the grids that were recor
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
 @pytest.mark.parametrize("name", HALF_PRECISION)
-def test_resampler_in_half_precision(goldens, model, name, dtype, tolerance):
+def test_resampler_in_half_precision(goldens, golden_model, name, dtype, tolerance):
     case = COMPONENTS[name]
     expected = goldens[f"{case['name']}.out_s29_{str(dtype).removeprefix('torch.')}"]
-    grid, resampler = (case["h"], case["w"]), copy.deepcopy(model.model.resampler).to(dtype)
+    grid, resampler = (case["h"], case["w"]), copy.deepcopy(golden_model.model.resampler).to(dtype)
     with torch.no_grad():
         output = resampler(closed_form_features(*grid, 32).to(dtype), [grid])[0]
     torch.testing.assert_close(output[::29], expected, atol=tolerance, rtol=0)

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -420,6 +421,17 @@ def test_forgotten_images_are_an_error(model):
 def test_bad_configurations(arguments, message):
     with pytest.raises(Exception, match=message):
         tiny_config(**arguments)
+
+
+def test_weights_can_be_offloaded():
+    """accelerate brings a module's weights when the module is called, not when they are merely read."""
+    model = tiny_model()
+    inputs = image_inputs(model, MIXED_GRIDS)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        offloaded = cpu_offload(model, execution_device=torch.device("cpu"))
+        assert next(offloaded.parameters()).device.type == "meta"
+        torch.testing.assert_close(offloaded(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize("text_type", ["qwen2", "mistral", "phi", "stablelm"])

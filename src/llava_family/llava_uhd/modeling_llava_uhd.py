@@ -171,40 +171,44 @@ def _consecutive(grids: list[tuple[int, int]]) -> list[tuple[tuple[int, int], in
     return [(grid, len(list(run))) for grid, run in groupby(grids)]
 
 
+class LlavaUhdPatchEmbedding(nn.Conv2d):
+    """CLIP's patch convolution, of patches that are cut out already: one matrix product."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(patches.to(self.weight.dtype), self.weight.flatten(1))
+
+
+class LlavaUhdPositionEmbedding(nn.Embedding):
+    """CLIP's position table, of any patch grid."""
+
+    def forward(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Positions of the class embedding and of a `(rows, columns)` grid; resized in the table's own dtype."""
+        side = math.isqrt(self.num_embeddings - 1)
+        if grid == (side, side):
+            return self.weight
+        square = self.weight[1:].T.reshape(1, -1, side, side)
+        resized = nn.functional.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat([self.weight[:1], resized[0].flatten(1).T])  # (1 + rows * columns, hidden_size)
+
+
 class LlavaUhdVisionEmbeddings(nn.Module):
     def __init__(self, config: LlavaUhdVisionConfig):
         super().__init__()
         self.config = config
-        self.table_size = config.image_size // config.patch_size
+        num_positions = (config.image_size // config.patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(torch.zeros(config.hidden_size))
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels,
-            config.hidden_size,
-            kernel_size=config.patch_size,
-            stride=config.patch_size,
-            bias=False,
+        self.patch_embedding = LlavaUhdPatchEmbedding(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, bias=False
         )
-        self.position_embedding = nn.Embedding(self.table_size**2 + 1, config.hidden_size)
-
-    def interpolate_positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position table of a `(rows, columns)` grid, `(1 + rows * columns, hidden_size)`, in its own dtype."""
-        table = self.position_embedding.weight
-        if grid == (self.table_size, self.table_size):
-            return table
-        square = table[1:].T.reshape(1, -1, self.table_size, self.table_size)
-        resized = nn.functional.interpolate(square, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat([table[:1], resized[0].flatten(1).T])
+        self.position_embedding = LlavaUhdPositionEmbedding(num_positions, config.hidden_size)
 
     def forward(self, pixel_values: torch.Tensor, view_grids: list[tuple[int, int]]) -> torch.Tensor:
-        weight = self.patch_embedding.weight
-        # Patches arrive cut out, so the convolution is a matrix product.
-        patches = nn.functional.linear(pixel_values.to(weight.dtype), weight.flatten(1))
-        embeddings, start = [], 0
+        patches, embeddings, start = self.patch_embedding(pixel_values), [], 0
         for grid, count in _consecutive(view_grids):
             end = start + count * grid[0] * grid[1]
             stacked = patches[start:end].unflatten(0, (count, -1))
             class_embeddings = self.class_embedding.expand(count, 1, -1)
-            stacked = torch.cat([class_embeddings, stacked], dim=1) + self.interpolate_positions(grid)
+            stacked = torch.cat([class_embeddings, stacked], dim=1) + self.position_embedding(grid)
             embeddings.append(stacked.flatten(0, 1))
             start = end
         return torch.cat(embeddings)  # (total_length, hidden_size)
