@@ -1,5 +1,6 @@
 """Registration with transformers' Auto classes, in fresh interpreters where the order of imports matters."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -162,6 +163,16 @@ def test_vision_tower_is_looked_for_where_the_release_says(tmp_path, monkeypatch
     shutil.move(release / "pretrained_models", tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert AutoConfig.from_pretrained(release).vision_config == expected  # in the working directory, as the authors
+
+
+def test_vision_tower_may_be_given_where_the_release_names_none(tmp_path, monkeypatch):
+    config = json.loads((ORIGINAL / "config.json").read_text())
+    del config["mm_vision_tower"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(tmp_path, mm_vision_tower=CLIP).vision_config.num_attention_heads == 2
+    monkeypatch.chdir(CLIP)  # a config.json in the working directory is nobody's vision tower
+    with pytest.raises(ValueError, match="Pass `mm_vision_tower`"):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 def test_vision_tower_that_is_no_checkpoint(tmp_path):

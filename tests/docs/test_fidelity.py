@@ -1,28 +1,31 @@
 """Statements of docs/fidelity.md that no other test shows."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from llava_family import LlavaUhdForConditionalGeneration, LlavaUhdProcessor
+from llava_family import LlavaUhdConfig, LlavaUhdForConditionalGeneration, LlavaUhdProcessor
 from llava_family.llava_uhd.modeling_llava_uhd import sincos_positions
 
-from .test_docs import CLIP_FIXTURE, RELEASE_FIXTURE
 
-
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "llava_uhd"
+RELEASE, CLIP = FIXTURES / "original_checkpoint", FIXTURES / "clip_vision_tower"
 GRID = (19, 29)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return LlavaUhdForConditionalGeneration.from_pretrained(RELEASE_FIXTURE, mm_vision_tower=CLIP_FIXTURE).eval()
+    return LlavaUhdForConditionalGeneration.from_pretrained(RELEASE, mm_vision_tower=CLIP).eval()
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return LlavaUhdProcessor.from_pretrained(RELEASE_FIXTURE)
+    return LlavaUhdProcessor.from_pretrained(RELEASE)
 
 
 def resized(table):
@@ -36,14 +39,15 @@ def test_vision_positions_are_resized_in_the_dtype_of_the_parameters(model):
     embeddings = model.model.vision_tower.embeddings
     table = embeddings.position_embedding.weight[1:]
     assert table.dtype == torch.bfloat16
-    actual = embeddings.interpolate_positions(GRID)[1:]
+    # Black patches of a convolution without a bias leave the positions.
+    with torch.no_grad():
+        actual = embeddings(torch.zeros(GRID[0] * GRID[1], 588), [GRID])[1:]
     assert torch.equal(actual, resized(table))
     assert not torch.equal(actual, resized(table.float()).bfloat16())
 
 
 def test_resampler_positions_are_resized_in_float32(model):
-    resampler = model.model.resampler
-    assert resampler.pos_embed.dtype == torch.bfloat16
+    resampler = copy.deepcopy(model.model.resampler).to(torch.bfloat16)
     actual = resampler.interpolate_positions(GRID)
     assert torch.equal(actual, resized(resampler.pos_embed.float()).bfloat16())
     assert not torch.equal(actual, resized(resampler.pos_embed))
@@ -51,10 +55,10 @@ def test_resampler_positions_are_resized_in_float32(model):
 
 def test_position_table_is_loaded_and_not_trained(model):
     shards = {}
-    for file in RELEASE_FIXTURE.glob("model-*.safetensors"):
+    for file in RELEASE.glob("model-*.safetensors"):
         shards |= load_file(file)
     table = model.model.resampler.pos_embed
-    assert torch.equal(table, shards["model.mm_projector.pos_embed"])
+    assert torch.equal(table.float(), shards["model.mm_projector.pos_embed"].float())
     assert not torch.equal(table.float(), sincos_positions(*table.shape))
     assert "pos_embed" in dict(model.model.resampler.named_buffers())
     assert not any("pos_embed" in name for name, _ in model.named_parameters())
@@ -75,3 +79,9 @@ def test_literal_unknown_tokens_are_kept(processor):
     assert processor.tokenizer.unk_token_id == 0
     assert 0 in inputs["input_ids"][0]
     assert set(inputs["attention_mask"][0]) == {1}
+
+
+@pytest.mark.parametrize(("hidden_size", "heads"), [(5120, 40), (128, 1), (64, 1)])
+def test_default_heads_of_the_resampler(hidden_size, heads):
+    text_config = {"model_type": "llama", "hidden_size": hidden_size, "num_attention_heads": 2}
+    assert LlavaUhdConfig(text_config=text_config).resampler_num_attention_heads == heads

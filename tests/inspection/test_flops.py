@@ -93,7 +93,6 @@ def tiny_config(resampler_type):
         vision_config={**vision_config, "image_size": 56},
         resampler_type=resampler_type,
         num_queries=4,
-        base_size=56,
     )
 
 

@@ -11,6 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llava_family import LlavaUhdConfig, LlavaUhdForConditionalGeneration
 from llava_family.llava_uhd.modeling_llava_uhd import LlavaUhdResampler, pooling_size, region_sampling_weights
 
+from .conftest import CLIP, ORIGINAL
 from .tiny import tiny_config, tiny_model
 
 
@@ -256,6 +257,13 @@ def test_save_and_load_is_bit_equal(tmp_path):
     inputs = image_inputs(model, MIXED_GRIDS)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float16, torch.float32])
+def test_a_model_is_of_one_dtype(dtype):
+    loaded = LlavaUhdForConditionalGeneration.from_pretrained(ORIGINAL, mm_vision_tower=CLIP, dtype=dtype)
+    expected = torch.bfloat16 if dtype == "auto" else dtype
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {expected}
 
 
 def test_saved_in_the_original_layout_and_loaded_again(model, tmp_path):

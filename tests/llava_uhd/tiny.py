@@ -29,7 +29,6 @@ def tiny_config(**kwargs):
             },
             "num_queries": 4,
             "resampler_num_attention_heads": 2,
-            "base_size": 56,
             "initializer_range": 0.2,
             **kwargs,
         }

@@ -141,7 +141,7 @@ def _image_inputs(config: PreTrainedConfig, width: int, height: int) -> _ImageIn
 
 def _sliced_image_inputs(config: Any, width: int, height: int) -> _ImageInputs:
     patch_size = config.vision_config.patch_size
-    plan = plan_slices(width, height, base_size=config.base_size, patch_size=patch_size, max_slices=config.max_slices)
+    plan = plan_slices(width, height, base_size=config.vision_config.image_size, patch_size=patch_size)
     arguments = {
         "pixel_values": torch.empty(
             plan.num_patches, config.vision_config.num_channels * patch_size**2, device="meta"

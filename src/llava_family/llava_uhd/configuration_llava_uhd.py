@@ -116,10 +116,6 @@ class LlavaUhdConfig(PreTrainedConfig):
     image_token_id (`int`, *optional*):
         Id of the `<image>` placeholder. Defaults to the text vocabulary's size, one behind its last embedding: the
         placeholder is never embedded, so the vocabulary and its logits stay those of the original.
-    base_size (`int`, *optional*, defaults to 336):
-        Side of the square whose area every view has, see [`plan_slices`].
-    max_slices (`int`, *optional*, defaults to 7):
-        Upper limit for the slices of one image, see [`plan_slices`].
 
     Example:
 
@@ -144,8 +140,6 @@ class LlavaUhdConfig(PreTrainedConfig):
     resampler_num_attention_heads: int | None = None
     resampler_layer_norm_eps: float = 1e-6
     image_token_id: int | None = None
-    base_size: int = 336
-    max_slices: int = 7
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -244,13 +238,13 @@ def _read_vision_config(
 ) -> dict[str, Any]:
     name = str(config_dict.get("mm_vision_tower", config_dict.get("vision_tower", "")))
     # The release names a path relative to its authors' working directory.
-    places = (
-        [str(vision_tower)] if vision_tower else [name, os.path.join(folder, name), os.path.join(folder, "..", name)]
-    )
+    places = [str(vision_tower)] if vision_tower else []
+    if name and not vision_tower:
+        places = [name, os.path.join(folder, name), os.path.join(folder, "..", name)]
     vision_config = {name: getattr(LlavaUhdVisionConfig(), name) for name in LlavaUhdVisionConfig.__annotations__}
     for place in places:
         path = os.path.join(place, "config.json")
-        if name and os.path.isfile(path):
+        if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
                 clip_config = json.load(file)
             clip_config = clip_config.get("vision_config", clip_config)

@@ -485,7 +485,8 @@ class LlavaUhdResampler(nn.Module):
         self.side = math.isqrt(config.num_queries)
         self.query = nn.Parameter(torch.zeros(config.num_queries, hidden_size))
         # A buffer, since the original never trains it; saved, since releases hold it rounded to bfloat16
-        self.pos_embed = nn.Buffer(sincos_positions(config.num_queries, hidden_size))
+        positions = sincos_positions(config.num_queries, hidden_size)
+        self.pos_embed = nn.Buffer(positions.to(torch.get_default_dtype()))
         has_projection = vision_size != hidden_size
         self.kv_proj = nn.Linear(vision_size, hidden_size, bias=False) if has_projection else nn.Identity()
         self.attention = LlavaUhdResamplerAttention(config)

@@ -1,0 +1,304 @@
+"""The documents keep their word: snippets run, links lead somewhere, cited tests exist, tables are true.
+
+Names in the documents are placeholders that exist in the folder where snippets run. There the release and CLIP are the
+tiny golden checkpoint under their Hub names, so commands run exactly as documented. In the tiny release lies the CLIP
+folder that its config.json names, since it is not CLIP-L and needs one; the real one is converted without.
+"""
+
+import ast
+import importlib.metadata
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from llava_family import plan_slices
+
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "llava_uhd"
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("model_cards/*.md"))]
+MODEL_CARDS = sorted(ROOT.glob("model_cards/*.md"))
+
+RELEASE, CLIP = "guozonghao96/llava-uhd-144-13b", "openai/clip-vit-large-patch14-336"
+CONVERTED, PHOTO = "path/to/llava-uhd-144-13b", "photo.jpg"
+CLIP_IN_RELEASE = "pretrained_models/clip-vit-large-patch14-336"
+RUNNABLE, SHOWN = {"python", "bash"}, {"text", "bibtex"}
+
+
+@dataclass(frozen=True)
+class Snippet:
+    document: Path
+    line: int
+    language: str
+    code: str
+
+    @property
+    def name(self):
+        return f"{self.document.relative_to(ROOT)}:{self.line}"
+
+
+def snippets_of(text, document=ROOT / "README.md"):
+    """All fenced blocks; ValueError where one is not closed or its language is not known here."""
+    snippets, start, language = [], None, None
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.lstrip().startswith("```"):
+            continue
+        if start is None:
+            start, language = number, line.strip().removeprefix("```")
+            if language not in RUNNABLE | SHOWN:
+                raise ValueError(f"{document}:{number} has a block of language {language!r}.")
+        else:
+            snippets.append(Snippet(document, start, language, "\n".join(lines[start : number - 1])))
+            start = None
+    if start is not None:
+        raise ValueError(f"{document}:{start} has a block that is not closed.")
+    return snippets
+
+
+SNIPPETS = [snippet for document in DOCUMENTS for snippet in snippets_of(document.read_text("utf-8"), document)]
+
+
+def prose_of(document):
+    return re.sub(r"^```.*?^```", "", document.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def cells_of(row):
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+
+
+def rows_of(text):
+    """Cells of all table rows, without those that separate the heads."""
+    rows = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if not all(set(cell) <= {"-", ":"} for cell in row)]
+
+
+def copy_folder(source, target):
+    # File by file: the fixtures may be read-only.
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        shutil.copyfile(file, target / file.name)
+
+
+@pytest.fixture(scope="session")
+def placeholders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("placeholders")
+    copy_folder(FIXTURES / "original_checkpoint", folder / RELEASE)
+    copy_folder(FIXTURES / "clip_vision_tower", folder / RELEASE / CLIP_IN_RELEASE)
+    copy_folder(FIXTURES / "clip_vision_tower", folder / CLIP)
+    shutil.copyfile(ROOT / "examples" / "images" / "rocket.jpg", folder / PHOTO)
+    script = runpy.run_path(str(ROOT / "conversion_scripts" / "convert_llava_uhd_weights_to_hf.py"))
+    script["convert_llava_uhd_checkpoint"](folder / RELEASE, folder / CONVERTED)
+    return folder
+
+
+@pytest.fixture
+def workspace(placeholders, tmp_path, monkeypatch):
+    """An empty working directory in which the placeholders and the repository's scripts exist."""
+    for name in (RELEASE, CLIP, CONVERTED, PHOTO):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(placeholders / name)
+    for name in ("conversion_scripts", "examples", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def commands_of(code):
+    """The words of every command, without comments; ValueError for what only a shell could run."""
+    commands = []
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if any(re.search(r"[|&;<>$`*?]", word) and " " not in word for word in words):
+            raise ValueError(f"The command {line!r} needs a shell; the tests run plain ones.")
+        if words:
+            commands.append(words)
+    return commands
+
+
+def check_make(arguments):
+    targets = [argument for argument in arguments if "=" not in argument]
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{re.escape(target)}:", makefile, flags=re.MULTILINE), f"The Makefile has no {target!r}."
+
+
+def check_pip(arguments):
+    """Nothing is installed, but what would be is compared with constraints.txt and the package's extras."""
+    assert arguments[0] == "install"
+    requirements = [word for word in arguments[1:] if not word.startswith(("-", "https://"))]
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    extras = set(importlib.metadata.metadata("llava-family").get_all("Provides-Extra"))
+    assert requirements
+    for requirement in requirements:
+        local = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", requirement)
+        if local:
+            assert set((local[1] or "").split(",")) - {""} <= extras
+        else:
+            assert requirement in pins
+
+
+def run_program(program, arguments, workspace, monkeypatch):
+    output = workspace / arguments[arguments.index("--output") + 1] if "--output" in arguments else None
+    if output is not None and output.is_symlink():
+        output.unlink()
+    monkeypatch.setattr(sys, "argv", [str(program), *arguments])
+    exit_code = 0
+    try:
+        if isinstance(program, Path):
+            runpy.run_path(str(program), run_name="__main__")
+        else:
+            program()
+    except SystemExit as exit_request:
+        exit_code = exit_request.code
+    assert exit_code in (0, None)
+    if output is not None:
+        assert (output / "config.json").is_file()
+
+
+def run_command(words, workspace, monkeypatch):
+    program, arguments = words[0], words[1:]
+    if words[:3] == ["python", "-m", "pip"]:
+        program, arguments = "pip", words[3:]
+    if program == "make":
+        check_make(arguments)
+    elif program == "pip":
+        check_pip(arguments)
+    elif program == "python" and arguments[0].endswith(".py"):
+        run_program(Path(arguments[0]), arguments[1:], workspace, monkeypatch)
+    else:
+        (entry_point,) = importlib.metadata.entry_points(group="console_scripts", name=program)
+        assert entry_point.dist.name == "llava-family"
+        run_program(entry_point.load(), arguments, workspace, monkeypatch)
+
+
+@pytest.mark.parametrize("snippet", [s for s in SNIPPETS if s.language == "python"], ids=lambda snippet: snippet.name)
+def test_python(snippet, workspace):
+    # Line numbers of a traceback are those of the document.
+    code = compile("\n" * snippet.line + snippet.code, snippet.name, "exec")
+    exec(code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("snippet", [s for s in SNIPPETS if s.language == "bash"], ids=lambda snippet: snippet.name)
+def test_bash(snippet, workspace, monkeypatch):
+    commands = commands_of(snippet.code)
+    assert commands
+    for words in commands:
+        run_command(words, workspace, monkeypatch)
+
+
+def test_nothing_is_skipped(workspace, monkeypatch):
+    """Of every runnable block a test is made, and what the tests do not know is an error."""
+    texts = "\n".join(document.read_text("utf-8") for document in DOCUMENTS)
+    blocks = len(re.findall(r"^\s*```(?:python|bash)", texts, flags=re.MULTILINE))
+    assert blocks == sum(snippet.language in RUNNABLE for snippet in SNIPPETS) >= 8
+    for text in ("```\nls\n```", "```sh\nls\n```", "```python\n1"):
+        with pytest.raises(ValueError, match="has a block"):
+            snippets_of(text)
+    with pytest.raises(ValueError, match="needs a shell"):
+        commands_of("make demo && make test")
+    for command in ("ls", "llava-uhd generate", "make nothing", "pip install unknown==1.0", "python -m this"):
+        with pytest.raises((AssertionError, ValueError)):
+            run_command(command.split(), workspace, monkeypatch)
+
+
+def anchors_of(document):
+    headings = re.findall(r"^#+ (.+)$", prose_of(document), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(document)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+CITATION = re.compile(r"`((?:[\w/]+/)?test_\w+\.py)(?:::(\w+))?`")
+
+
+def assert_cited_test_exists(file, function):
+    path = ROOT / file if "/" in file else ROOT / "tests" / "llava_uhd" / file
+    assert path.is_file(), file
+    functions = {node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}
+    assert not function or function in functions, f"{file}::{function}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_cited_tests_exist(document):
+    text = document.read_text("utf-8")
+    citations = CITATION.findall(text)
+    assert len(citations) == text.count(".py::"), "a citation is not written as `file.py::test`"
+    for file, function in citations:
+        assert_cited_test_exists(file, function)
+
+
+def test_every_difference_cites_a_test():
+    rows = rows_of((ROOT / "docs" / "fidelity.md").read_text("utf-8"))
+    differences = [row for row in rows if len(row) == 6 and row[0] != "topic"]
+    assert len(differences) >= 40
+    for row in differences:
+        assert all(row), row
+        assert CITATION.search(row[-1]) or row[-1].startswith("none: "), row
+
+
+def size_of(cell):
+    return None if cell == "–" else tuple(int(side) for side in cell.split("×"))
+
+
+def test_example_sizes_are_those_of_the_plan():
+    rows = [row for row in rows_of((ROOT / "README.md").read_text("utf-8")) if re.fullmatch(r"\d+×\d+", row[0])]
+    assert len(rows) >= 6
+    for image, grid, slice_size, overview, views, tokens in rows:
+        plan = plan_slices(*size_of(image))
+        assert size_of(grid) == ((plan.columns, plan.rows) if plan.num_slices else None), image
+        assert size_of(slice_size) == plan.slice_size, image
+        assert size_of(overview) == plan.overview_size, image
+        assert (int(views), int(tokens)) == (plan.num_views, plan.num_tokens(144)), image
+
+
+def test_compute_is_that_of_the_benchmark():
+    measured = (ROOT / "benchmarks" / "README.md").read_text("utf-8").split("text model of 13B")[1]
+    lines = [re.split(r"\s{2,}", line.strip()) for line in measured.splitlines()]
+    rows = [row for row in rows_of((ROOT / "README.md").read_text("utf-8")) if re.fullmatch(r"\d+\.\d{3}", row[-1])]
+    assert len(rows) >= 4
+    for model, image, tokens, total, ratio in rows:
+        # model, image, views, tokens, vision, projector, text, lm_head, total, / 1.5
+        found = [line for line in lines if line[:2] == [model, image.replace("×", "x")]]
+        assert [(line[3], line[8], line[9]) for line in found] == [(tokens, total, ratio)], model
+
+
+@pytest.mark.parametrize("path", MODEL_CARDS, ids=lambda path: path.stem)
+def test_model_card_metadata(path):
+    card = ModelCard.load(path)
+    data = card.data.to_dict()
+    assert data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert data["license"] == "apache-2.0"
+    assert data["base_model"] == "lmsys/vicuna-13b-v1.5"
+    assert data["language"] == ["en"]
+    assert data["datasets"] == ["liuhaotian/LLaVA-Pretrain", "liuhaotian/LLaVA-Instruct-150K"]
+    assert "llava-uhd" in data["tags"]
+    # No score was measured with these weights, so the card must not give the Hub one.
+    assert card.data.eval_results is None
+    assert "model-index" not in data
+    assert card.text.lstrip().startswith("# ")
+
+
+def test_python_snippet_with_an_error_fails(workspace):
+    (broken,) = snippets_of("```python\nfrom llava_family import no_such_name\n```")
+    with pytest.raises(ImportError):
+        test_python(broken, workspace)
