@@ -181,7 +181,7 @@ class LlavaUhdPatchEmbedding(nn.Conv2d):
 class LlavaUhdPositionEmbedding(nn.Embedding):
     """CLIP's position table, of any patch grid."""
 
-    def forward(self, grid: tuple[int, int]) -> torch.Tensor:
+    def forward(self, grid: tuple[int, int]) -> torch.Tensor:  # type: ignore[override]  # looked up by grid, not by id
         """Positions of the class embedding and of a `(rows, columns)` grid; resized in the table's own dtype."""
         side = math.isqrt(self.num_embeddings - 1)
         if grid == (side, side):
