@@ -308,6 +308,28 @@ def test_generation_strategies_with_a_placeholder_outside_of_the_vocabulary(mode
         assert torch.equal(output, model.generate(**inputs, **GREEDY))
 
 
+def test_n_gram_that_ends_in_a_placeholder_is_not_banned(model):
+    """A processor that would ban the token behind a repeated prefix must not reach for the placeholder's score."""
+    inputs = image_inputs(model, [[(0, 0), (0, 0), (5, 8)]])
+    before_image = inputs["input_ids"][0, 4].item()
+    output = model.generate(
+        **inputs, **GREEDY, no_repeat_ngram_size=2, prefix_allowed_tokens_fn=lambda row, ids: [before_image, 7]
+    )
+    assert before_image in output[0, -8:]
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_padded_rows_have_the_positions_they_have_alone(model, padding_side):
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1] if padding_side == "left" else [1, 1, 0, 0]])
+    with torch.no_grad(), hook:
+        model(input_ids=torch.randint(20, 300, (2, 4)), attention_mask=mask)
+    assert seen[0][mask.bool()].tolist() == [0, 1, 2, 3, 0, 1]
+
+
 def test_beam_search_keeps_every_row_its_own_images():
     model = tiny_model()
     one, two = image_inputs(model, MIXED_GRIDS[:1], seed=1), image_inputs(model, MIXED_GRIDS[:1], seed=2)
