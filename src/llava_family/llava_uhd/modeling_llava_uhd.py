@@ -715,19 +715,6 @@ class LlavaUhdModel(LlavaUhdPreTrainedModel):
         )
 
 
-class _InVocabularyLogitsProcessorList(LogitsProcessorList):
-    """Hides image placeholders from processors that look scores up by prompt token, such as the repetition penalty."""
-
-    def __init__(self, processors: LogitsProcessorList, image_token_id: int):
-        super().__init__(processors)
-        self.image_token_id = image_token_id
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.FloatTensor:
-        if self.image_token_id >= scores.shape[-1]:
-            input_ids = input_ids.masked_fill(input_ids == self.image_token_id, 0)
-        return super().__call__(input_ids, scores, **kwargs)
-
-
 @auto_docstring(
     custom_intro="""
     The LLaVA-UHD model (arXiv 2403.11703): a language model that sees images of any aspect ratio and high resolution
@@ -764,10 +751,10 @@ class LlavaUhdForConditionalGeneration(LlavaUhdPreTrainedModel, GenerationMixin)
         return self.model.get_image_features(pixel_values=pixel_values, image_grids=image_grids, **kwargs)
 
     def _get_logits_processor(self, *args, encoder_input_ids=None, **kwargs) -> LogitsProcessorList:
+        # Of the processors that look scores up by prompt token, the encoder's trust it to be in the vocabulary.
         if encoder_input_ids is not None:
             encoder_input_ids = encoder_input_ids.masked_fill(encoder_input_ids == self.config.image_token_id, 0)
-        processors = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
-        return _InVocabularyLogitsProcessorList(processors, self.config.image_token_id)
+        return super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
 
     @can_return_tuple
     @auto_docstring
