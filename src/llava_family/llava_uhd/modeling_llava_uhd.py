@@ -554,62 +554,71 @@ def view_grids_of(image_grids: torch.Tensor) -> list[list[tuple[int, int]]]:
     return view_grids
 
 
-@auto_docstring(
-    custom_intro="""
-    The LLaVA-UHD model which consists of a vision backbone, a resampler and a language model, without a language
-    modeling head.
-    """
-)
-class LlavaUhdModel(LlavaUhdPreTrainedModel):
-    def __init__(self, config: LlavaUhdConfig):
-        super().__init__(config)
-        self.vision_tower = LlavaUhdVisionModel._from_config(config.vision_config)
-        self.resampler = LlavaUhdResampler(config)
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.post_init()
-
-    @can_return_tuple
-    @auto_docstring(custom_intro="Encodes all views of all images and resamples each to `num_queries` features.")
-    def get_image_features(
-        self,
-        pixel_values: torch.FloatTensor,
-        image_grids: torch.LongTensor,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        pixel_values (`torch.FloatTensor` of shape `(total_patches, num_channels * patch_size**2)`):
-            Patches of all views of all images, slices row by row and then the overview of each image.
-        image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`):
-            `(rows, columns)` of each image's slices, of the patches of one slice, and of the patches of its overview.
-
-        Returns `pooler_output`, for every image a tensor of shape `(views * num_queries, hidden_size)`, and
-        `last_hidden_state` of shape `(total_patches, vision_hidden_size)`, the vision encoder's features.
-        """
-        grids_per_image = view_grids_of(image_grids)
-        view_grids = [grid for grids in grids_per_image for grid in grids]
-        patch_counts = [rows * columns for rows, columns in view_grids]
-        if pixel_values.ndim != 2 or pixel_values.shape[0] != sum(patch_counts):
-            raise ValueError(
-                f"`pixel_values` must have one row for each of the {sum(patch_counts)} patches that `image_grids` "
-                f"describes, but has shape {tuple(pixel_values.shape)}."
-            )
-        # Views of equal shape are brought together, whichever image they belong to.
-        order = sorted(range(len(view_grids)), key=view_grids.__getitem__)
-        patches = pixel_values.split(patch_counts)
-        ordered_grids = [view_grids[i] for i in order]
-        vision_outputs = self.vision_tower(
-            torch.cat([patches[i] for i in order]), ordered_grids, return_dict=True, **kwargs
+def encode_views(
+    vision_tower: "LlavaUhdVisionModel",
+    resampler: LlavaUhdResampler,
+    pixel_values: torch.FloatTensor,
+    image_grids: torch.LongTensor,
+    **kwargs: Unpack[TransformersKwargs],
+) -> BaseModelOutputWithPooling:
+    """Encodes all views of all images and resamples them; see [`LlavaUhdModel.get_image_features`]."""
+    grids_per_image = view_grids_of(image_grids)
+    view_grids = [grid for grids in grids_per_image for grid in grids]
+    patch_counts = [rows * columns for rows, columns in view_grids]
+    if pixel_values.ndim != 2 or pixel_values.shape[0] != sum(patch_counts):
+        raise ValueError(
+            f"`pixel_values` must have one row for each of the {sum(patch_counts)} patches that `image_grids` "
+            f"describes, but has shape {tuple(pixel_values.shape)}."
         )
-        features = self.resampler(vision_outputs.last_hidden_state, ordered_grids)
+    # Views of equal shape are brought together, whichever image they belong to.
+    order = sorted(range(len(view_grids)), key=view_grids.__getitem__)
+    patches = pixel_values.split(patch_counts)
+    ordered_grids = [view_grids[i] for i in order]
+    vision_outputs = vision_tower(torch.cat([patches[i] for i in order]), ordered_grids, return_dict=True, **kwargs)
+    features = resampler(vision_outputs.last_hidden_state, ordered_grids)
 
-        back = sorted(range(len(order)), key=order.__getitem__)
-        vision_features = vision_outputs.last_hidden_state.split([patch_counts[i] for i in order])
-        vision_outputs.last_hidden_state = torch.cat([vision_features[i] for i in back])
-        vision_outputs.pooler_output = [
-            image_features.flatten(0, 1)
-            for image_features in features[back].split([len(grids) for grids in grids_per_image])
-        ]
-        return vision_outputs
+    back = sorted(range(len(order)), key=order.__getitem__)
+    vision_features = vision_outputs.last_hidden_state.split([patch_counts[i] for i in order])
+    vision_outputs.last_hidden_state = torch.cat([vision_features[i] for i in back])
+    vision_outputs.pooler_output = [
+        image_features.flatten(0, 1)
+        for image_features in features[back].split([len(grids) for grids in grids_per_image])
+    ]
+    return vision_outputs
+
+
+class ImagePlaceholderMixin:
+    """Merges image features into the embeddings of a prompt whose image placeholder is no entry of the vocabulary."""
+
+    def merge_images(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        pixel_values: torch.FloatTensor | None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None,
+        past_key_values: Cache | None,
+        **image_inputs: torch.Tensor | None,
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
+        """
+        The prompt's embeddings with image features in the place of placeholders, and these features.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if inputs_embeds is None:
+            inputs_embeds = self._embed_tokens(input_ids)
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, **image_inputs, return_dict=True)
+        if image_outputs is None:
+            if input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+                self._check_no_placeholder(input_ids)
+            return inputs_embeds, None
+        image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+        image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+        return inputs_embeds.masked_scatter(image_mask, image_features), image_features
 
     def get_placeholder_mask(
         self,
@@ -654,6 +663,49 @@ class LlavaUhdModel(LlavaUhdPreTrainedModel):
             input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
         return self.get_input_embeddings()(input_ids)
 
+    @staticmethod
+    def unpadded_positions(attention_mask: torch.Tensor | None, length: int) -> torch.LongTensor | None:
+        """
+        Positions of the last `length` tokens, counted from the first real one: a padded row gets those it has alone.
+        """
+        if attention_mask is None or attention_mask.ndim != 2:
+            return None
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+
+
+@auto_docstring(
+    custom_intro="""
+    The LLaVA-UHD model which consists of a vision backbone, a resampler and a language model, without a language
+    modeling head.
+    """
+)
+class LlavaUhdModel(ImagePlaceholderMixin, LlavaUhdPreTrainedModel):
+    def __init__(self, config: LlavaUhdConfig):
+        super().__init__(config)
+        self.vision_tower = LlavaUhdVisionModel._from_config(config.vision_config)
+        self.resampler = LlavaUhdResampler(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring(custom_intro="Encodes all views of all images and resamples each to `num_queries` features.")
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        image_grids: torch.LongTensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        pixel_values (`torch.FloatTensor` of shape `(total_patches, num_channels * patch_size**2)`):
+            Patches of all views of all images, slices row by row and then the overview of each image.
+        image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`):
+            `(rows, columns)` of each image's slices, of the patches of one slice, and of the patches of its overview.
+
+        Returns `pooler_output`, for every image a tensor of shape `(views * num_queries, hidden_size)`, and
+        `last_hidden_state` of shape `(total_patches, vision_hidden_size)`, the vision encoder's features.
+        """
+        return encode_views(self.vision_tower, self.resampler, pixel_values, image_grids, **kwargs)
+
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -674,31 +726,13 @@ class LlavaUhdModel(LlavaUhdPreTrainedModel):
         image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`, *optional*):
             `(rows, columns)` of each image's slices, of the patches of one slice, and of the patches of its overview.
         """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if pixel_values is not None and mm_encoder_outputs is not None:
-            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if (pixel_values is None) != (image_grids is None):
             raise ValueError("`pixel_values` and `image_grids` belong together: pass both, as the processor returns.")
-
-        if inputs_embeds is None:
-            inputs_embeds = self._embed_tokens(input_ids)
-
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, image_grids, return_dict=True)
-        image_features = None
-        if image_outputs is not None:
-            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
-            inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
-        elif input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            self._check_no_placeholder(input_ids)
-
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
-            # Counted from the first real token, so that a padded row gets the positions it has alone.
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
-
+        inputs_embeds, image_features = self.merge_images(
+            input_ids, inputs_embeds, pixel_values, mm_encoder_outputs, past_key_values, image_grids=image_grids
+        )
+        if position_ids is None:
+            position_ids = self.unpadded_positions(attention_mask, inputs_embeds.shape[1])
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -715,13 +749,23 @@ class LlavaUhdModel(LlavaUhdPreTrainedModel):
         )
 
 
+class PlaceholderGenerationMixin:
+    """Keeps a placeholder that is in no vocabulary away from generation's look-ups; stands before `GenerationMixin`."""
+
+    def _get_logits_processor(self, *args, encoder_input_ids=None, **kwargs) -> LogitsProcessorList:
+        # Of the processors that look scores up by prompt token, the encoder's trust it to be in the vocabulary.
+        if encoder_input_ids is not None:
+            encoder_input_ids = encoder_input_ids.masked_fill(encoder_input_ids == self.config.image_token_id, 0)
+        return super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
+
+
 @auto_docstring(
     custom_intro="""
     The LLaVA-UHD model (arXiv 2403.11703): a language model that sees images of any aspect ratio and high resolution
     as adaptively cut slices and an overview.
     """
 )
-class LlavaUhdForConditionalGeneration(LlavaUhdPreTrainedModel, GenerationMixin):
+class LlavaUhdForConditionalGeneration(PlaceholderGenerationMixin, LlavaUhdPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -749,12 +793,6 @@ class LlavaUhdForConditionalGeneration(LlavaUhdPreTrainedModel, GenerationMixin)
             `(rows, columns)` of each image's slices, of the patches of one slice, and of the patches of its overview.
         """
         return self.model.get_image_features(pixel_values=pixel_values, image_grids=image_grids, **kwargs)
-
-    def _get_logits_processor(self, *args, encoder_input_ids=None, **kwargs) -> LogitsProcessorList:
-        # Of the processors that look scores up by prompt token, the encoder's trust it to be in the vocabulary.
-        if encoder_input_ids is not None:
-            encoder_input_ids = encoder_input_ids.masked_fill(encoder_input_ids == self.config.image_token_id, 0)
-        return super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
 
     @can_return_tuple
     @auto_docstring

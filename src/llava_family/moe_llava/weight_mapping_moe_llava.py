@@ -1,0 +1,116 @@
+# Copyright 2026 The llava-family authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Which tensor of an original checkpoint becomes which parameter; shared by direct loading and conversion.
+
+One list serves all backbones: Qwen-1's names are first brought to those of the others, and on a native checkpoint none
+of the patterns matches but `lm_head.weight`, which then stays as it is.
+"""
+
+import torch
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
+
+
+class KeepVocabulary(ConversionOps):
+    """Keeps the rows of the text model's vocabulary.
+
+    Releases have rows for more tokens than their tokenizers, never trained, and the original cuts them off when it
+    loads. The way back leaves them cut: the original pads nothing either.
+    """
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
+        tensors = next(iter(input_dict.values()))
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        return {target_patterns[0]: tensor[: config.get_text_config().vocab_size]}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return KeepVocabulary()
+
+
+EXPERTS = "mlp.deepspeed_moe.experts.deepspeed_experts.*."
+
+
+def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
+    """The transforms from an original checkpoint, sparse or dense, to a native one."""
+    return [
+        *_renamings(),
+        *(
+            WeightConverter(f"{prefix}.weight", "model.language_model.embed_tokens.weight", [KeepVocabulary()])
+            for prefix in (r"^model\.embed_tokens", r"^transformer\.wte")
+        ),
+        WeightConverter("lm_head.weight", "lm_head.weight", [KeepVocabulary()]),
+        *(
+            WeightConverter(
+                f"self_attn.c_attn.{kind}", [f"self_attn.{name}_proj.{kind}" for name in "qkv"], [Chunk(dim=0)]
+            )
+            for kind in ("weight", "bias")
+        ),
+        WeightConverter(
+            [f"{EXPERTS}gate_proj.weight", f"{EXPERTS}up_proj.weight"],
+            "mlp.experts.gate_up_proj",
+            [MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(f"{EXPERTS}down_proj.weight", "mlp.experts.down_proj", [MergeModulelist(dim=0)]),
+        # Phi's network has no gate, but biases.
+        WeightConverter(f"{EXPERTS}fc1.weight", "mlp.experts.up_proj", [MergeModulelist(dim=0)]),
+        WeightConverter(f"{EXPERTS}fc1.bias", "mlp.experts.up_proj_bias", [MergeModulelist(dim=0)]),
+        WeightConverter(f"{EXPERTS}fc2.weight", "mlp.experts.down_proj", [MergeModulelist(dim=0)]),
+        WeightConverter(f"{EXPERTS}fc2.bias", "mlp.experts.down_proj_bias", [MergeModulelist(dim=0)]),
+    ]
+
+
+def _renamings() -> list[WeightRenaming]:
+    """All that keeps a tensor as it is; those of Qwen-1 first, since later patterns build on its renamed keys."""
+    layers = "model.language_model.layers."
+    return [
+        WeightRenaming(r"^transformer\.h\.", layers),
+        WeightRenaming(r"\.ln_1\.", ".input_layernorm."),
+        WeightRenaming(r"\.ln_2\.", ".post_attention_layernorm."),
+        WeightRenaming(r"^transformer\.ln_f\.", "model.language_model.norm."),
+        WeightRenaming(r"\.attn\.c_attn\.", ".self_attn.c_attn."),
+        WeightRenaming(r"\.attn\.c_proj\.", ".self_attn.o_proj."),
+        # c_proj(w1(x) * silu(w2(x))): the gate is w2.
+        WeightRenaming(r"\.w2\.", ".gate_proj."),
+        WeightRenaming(r"\.w1\.", ".up_proj."),
+        WeightRenaming(r"\.c_proj\.", ".down_proj."),
+        WeightRenaming(r"^model\.layers\.", layers),
+        WeightRenaming(r"^model\.norm\.", "model.language_model.norm."),
+        WeightRenaming(r"^model\.final_layernorm\.", "model.language_model.final_layernorm."),
+        WeightRenaming(r"\.mlp\.deepspeed_moe\.gate\.wg\.", ".mlp.gate."),
+        WeightRenaming(r"\.mlp\.mlp\.", ".mlp.residual_mlp."),
+        *(
+            renaming
+            for prefix in ("model", "transformer")
+            for renaming in (
+                WeightRenaming(rf"^{prefix}\.image_tower\.image_tower\.vision_model\.", "model.vision_tower."),
+                WeightRenaming(
+                    rf"^{prefix}\.mm_projector\.image_spatial_proj\.0\.", "model.multi_modal_projector.linear_1."
+                ),
+                WeightRenaming(
+                    rf"^{prefix}\.mm_projector\.image_spatial_proj\.2\.", "model.multi_modal_projector.linear_2."
+                ),
+            )
+        ),
+    ]
+
+
+__all__ = ["KeepVocabulary", "original_weight_mapping"]
