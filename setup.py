@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 
+PLOT = ["matplotlib>=3.8"]
 TRAIN = ["accelerate>=1.1", "peft>=0.20"]
 
 setup(
@@ -45,8 +46,10 @@ setup(
     extras_require={
         "vision": ["torchvision"],
         "flash-attn": ["flash-attn>=2.6"],
+        "plot": PLOT,
         "train": TRAIN,
         "dev": [
+            *PLOT,
             *TRAIN,
             "httpx",
             "hypothesis",

@@ -24,6 +24,27 @@ _MODULES = {
     ),
     "llava_uhd.processing_llava_uhd": ("LlavaUhdProcessor",),
     "llava_uhd.slicing_llava_uhd": ("SlicePlan", "plan_slices"),
+    "moe_llava.configuration_moe_llava": (
+        "MoeLlavaConfig",
+        "MoeLlavaLlamaConfig",
+        "MoeLlavaMistralConfig",
+        "MoeLlavaPhiConfig",
+        "MoeLlavaQwen2Config",
+        "MoeLlavaStableLmConfig",
+    ),
+    "moe_llava.image_processing_moe_llava": ("MoeLlavaImageProcessor",),
+    "moe_llava.image_processing_pil_moe_llava": ("MoeLlavaImageProcessorPil",),
+    "moe_llava.modeling_moe_llava": (
+        "MoeLlavaForCausalLM",
+        "MoeLlavaLlamaModel",
+        "MoeLlavaMistralModel",
+        "MoeLlavaModel",
+        "MoeLlavaPhiModel",
+        "MoeLlavaPreTrainedModel",
+        "MoeLlavaQwen2Model",
+        "MoeLlavaStableLmModel",
+    ),
+    "moe_llava.processing_moe_llava": ("MoeLlavaProcessor",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -41,6 +62,27 @@ if TYPE_CHECKING:
     )
     from .llava_uhd.processing_llava_uhd import LlavaUhdProcessor
     from .llava_uhd.slicing_llava_uhd import SlicePlan, plan_slices
+    from .moe_llava.configuration_moe_llava import (
+        MoeLlavaConfig,
+        MoeLlavaLlamaConfig,
+        MoeLlavaMistralConfig,
+        MoeLlavaPhiConfig,
+        MoeLlavaQwen2Config,
+        MoeLlavaStableLmConfig,
+    )
+    from .moe_llava.image_processing_moe_llava import MoeLlavaImageProcessor
+    from .moe_llava.image_processing_pil_moe_llava import MoeLlavaImageProcessorPil
+    from .moe_llava.modeling_moe_llava import (
+        MoeLlavaForCausalLM,
+        MoeLlavaLlamaModel,
+        MoeLlavaMistralModel,
+        MoeLlavaModel,
+        MoeLlavaPhiModel,
+        MoeLlavaPreTrainedModel,
+        MoeLlavaQwen2Model,
+        MoeLlavaStableLmModel,
+    )
+    from .moe_llava.processing_moe_llava import MoeLlavaProcessor
 
 
 def __getattr__(name: str):

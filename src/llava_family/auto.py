@@ -21,6 +21,7 @@ AUTO_MAPPINGS = {
         "MODEL_MAPPING",
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
         "MODEL_FOR_MULTIMODAL_LM_MAPPING",
+        "MODEL_FOR_CAUSAL_LM_MAPPING",
     ),
     "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING",),
     "transformers.models.auto.image_processing_auto": ("IMAGE_PROCESSOR_MAPPING",),
@@ -29,18 +30,34 @@ AUTO_MAPPINGS = {
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the classes of one family, and the model types that the original code's configurations have."""
+    """Names of the classes of one family, without the prefix that all of them have."""
 
     model_type: str
     prefix: str
     head: str
-    original_configs: tuple[str, ...] = ()
+    # Configurations of parts -> the models that they build
+    parts: dict[str, str]
+    # The function that makes configuration classes for the model types of the original code
+    original_configs: str
+    causal_lm: bool = False
 
-    def load(self, module: str, suffix: str):
-        return getattr(import_module(f".{self.model_type}.{module}_{self.model_type}", __package__), suffix)
+    def load(self, module: str, name: str):
+        """An attribute of `<module>_<family>.py`; names of classes begin with the family's prefix."""
+        loaded = import_module(f".{self.model_type}.{module}_{self.model_type}", __package__)
+        return getattr(loaded, name if name.islower() else f"{self.prefix}{name}")
 
 
-FAMILIES = (Family("llava_uhd", "LlavaUhd", "LlavaUhdForConditionalGeneration", ("LlavaLlamaConfig",)),)
+FAMILIES = (
+    Family("llava_uhd", "LlavaUhd", "ForConditionalGeneration", {"VisionConfig": "VisionModel"}, "original_configs"),
+    Family(
+        "moe_llava",
+        "MoeLlava",
+        "ForCausalLM",
+        {f"{backbone}Config": f"{backbone}Model" for backbone in ("Phi", "StableLm", "Qwen2", "Llama", "Mistral")},
+        "original_configs",
+        causal_lm=True,
+    ),
+)
 
 
 def register() -> None:
@@ -48,22 +65,22 @@ def register() -> None:
     import transformers
 
     for family in FAMILIES:
-        prefix = family.prefix
-        config = family.load("configuration", f"{prefix}Config")
-        vision_config = family.load("configuration", f"{prefix}VisionConfig")
-        originals = [family.load("configuration", name) for name in family.original_configs]
-        for config_class in (config, vision_config, *originals):
+        config = family.load("configuration", "Config")
+        parts = {
+            family.load("configuration", part): family.load("modeling", model) for part, model in family.parts.items()
+        }
+        for config_class in (config, *parts, *family.load("configuration", family.original_configs)()):
             transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
-        head = family.load("modeling", family.head)
-        transformers.AutoModel.register(vision_config, family.load("modeling", f"{prefix}VisionModel"), exist_ok=True)
-        transformers.AutoModel.register(config, family.load("modeling", f"{prefix}Model"), exist_ok=True)
-        transformers.AutoModelForImageTextToText.register(config, head, exist_ok=True)
-        transformers.AutoModelForMultimodalLM.register(config, head, exist_ok=True)
-        transformers.AutoProcessor.register(config, family.load("processing", f"{prefix}Processor"), exist_ok=True)
+        for config_class, model in {config: family.load("modeling", "Model"), **parts}.items():
+            transformers.AutoModel.register(config_class, model, exist_ok=True)
+        heads = [transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM]
+        for auto_class in heads + [transformers.AutoModelForCausalLM] * family.causal_lm:
+            auto_class.register(config, family.load("modeling", family.head), exist_ok=True)
+        transformers.AutoProcessor.register(config, family.load("processing", "Processor"), exist_ok=True)
         image_processors = {
-            "torchvision": family.load("image_processing", f"{prefix}ImageProcessor"),
-            "pil": family.load("image_processing_pil", f"{prefix}ImageProcessorPil"),
+            "torchvision": family.load("image_processing", "ImageProcessor"),
+            "pil": family.load("image_processing_pil", "ImageProcessorPil"),
         }
         transformers.AutoImageProcessor.register(config, image_processor_classes=image_processors, exist_ok=True)
 
@@ -82,7 +99,7 @@ def _fill_name_tables(module: ModuleType) -> None:
     for family in FAMILIES:
         # `transformers serve` knows by these what a model is.
         for table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
-            getattr(module, table, {})[family.model_type] = family.head
+            getattr(module, table, {})[family.model_type] = f"{family.prefix}{family.head}"
         # The PIL backend has the original's pixels, so it stays the default where torchvision is installed.
         pil_by_default = getattr(module, "DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS", [])
         if f"{family.prefix}ImageProcessor" not in pil_by_default:
@@ -94,7 +111,7 @@ def _watch_mappings(module: ModuleType) -> None:
     for name in AUTO_MAPPINGS[module.__name__]:
         mapping = getattr(module, name)
         if not isinstance(mapping._extra_content, _WatchedRegistrations):
-            mapping._extra_content = _WatchedRegistrations(mapping._extra_content)
+            mapping._extra_content = _WatchedRegistrations(mapping)
 
 
 _lock = threading.RLock()
@@ -114,14 +131,26 @@ def _register_once() -> None:
 
 
 class _WatchedRegistrations(dict):
-    """The registered classes of an Auto mapping; whoever reads them first has ours registered."""
+    """The registered classes of an Auto mapping; whoever looks for what transformers does not have, finds ours.
+
+    Look-ups of transformers' own classes pass: they happen while modules are being imported, ours among them.
+    """
+
+    def __init__(self, mapping):
+        super().__init__(mapping._extra_content)
+        self._in_tree_names = getattr(mapping, "_mapping", ())
+
+    def _register_for(self, key) -> None:
+        in_tree = key in self._in_tree_names if isinstance(key, str) else key.__module__.startswith("transformers.")
+        if not in_tree:
+            _register_once()
 
     def __contains__(self, key):
-        _register_once()
+        self._register_for(key)
         return super().__contains__(key)
 
     def __getitem__(self, key):
-        _register_once()
+        self._register_for(key)
         return super().__getitem__(key)
 
     def __iter__(self):

@@ -197,6 +197,11 @@ class LlavaLlamaConfig(PreTrainedConfig):  # trf-ignore: TRF057
         return LlavaUhdConfig.from_dict(translated, **kwargs)
 
 
+def original_configs() -> list[type[PreTrainedConfig]]:
+    """Configuration classes for the model types of the original code."""
+    return [LlavaLlamaConfig]
+
+
 def is_original_config(config_dict: dict[str, Any]) -> bool:
     """Whether `config_dict` is the `config.json` of a LLaVA-UHD release by the original code."""
     return config_dict.get("mm_projector_type") == "adapt_spatial_resampler"

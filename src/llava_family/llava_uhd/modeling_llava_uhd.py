@@ -750,7 +750,7 @@ class LlavaUhdModel(ImagePlaceholderMixin, LlavaUhdPreTrainedModel):
 
 
 class PlaceholderGenerationMixin:
-    """Keeps a placeholder that is in no vocabulary away from generation's look-ups; stands before `GenerationMixin`."""
+    """Keeps a placeholder that is in no vocabulary away from generation; stands before `GenerationMixin`."""
 
     def _get_logits_processor(self, *args, encoder_input_ids=None, **kwargs) -> LogitsProcessorList:
         # Of the processors that look scores up by prompt token, the encoder's trust it to be in the vocabulary.

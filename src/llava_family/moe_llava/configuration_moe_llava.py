@@ -27,6 +27,7 @@ from transformers.models.phi.configuration_phi import PhiConfig
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.stablelm.configuration_stablelm import StableLmConfig
 from transformers.utils import auto_docstring
+from transformers.utils.hub import cached_file
 
 from ..llava_uhd.configuration_llava_uhd import DEFAULT_NUM_QUERIES
 
@@ -288,7 +289,8 @@ class MoeLlavaConfig(PreTrainedConfig):
         return config_dict, kwargs
 
 
-class OriginalMoeLlavaConfig(PreTrainedConfig):
+@strict
+class OriginalMoeLlavaConfig(PreTrainedConfig):  # trf-ignore: TRF057
     """Reads the flat `config.json` of an original release as a [`MoeLlavaConfig`]; a subclass for every model type."""
 
     @classmethod
@@ -313,6 +315,9 @@ ORIGINAL_MODEL_TYPES = {
     # LLaVA-1.5 and LLaVA-UHD are `llava_llama` too, and in-tree LLaVA reads `llava_mistral`'s relatives.
     if f"{prefix}llava_{backbone}" not in ("llava_llama", "llava_mistral")
 }
+
+# Special tokens behind the ranks of a tiktoken file; StableLM leaves one id between them unused.
+TIKTOKEN_SPECIALS = {"arcade100k.tiktoken": 1 + 32, "qwen.tiktoken": 3 + 205}
 
 # The original's names of what the in-tree text configurations call differently
 RENAMED_TEXT_KEYS = {
@@ -352,6 +357,12 @@ TEXT_KEYS = (
 )
 
 
+def original_configs() -> list[type[PreTrainedConfig]]:
+    """Configuration classes for the model types of the original code."""
+    bases = (OriginalMoeLlavaConfig,)
+    return [type("OriginalMoeLlavaConfig", bases, {"model_type": name}) for name in ORIGINAL_MODEL_TYPES]
+
+
 def is_original_config(config_dict: dict[str, Any]) -> bool:
     """Whether `config_dict` is the original's `config.json` of a MoE-LLaVA release or of its dense second stage."""
     return config_dict.get("model_type") in ORIGINAL_MODEL_TYPES and "mm_image_tower" in config_dict
@@ -381,7 +392,7 @@ def translate_original_config(
     translated = {
         "model_type": MoeLlavaConfig.model_type,
         "architectures": ["MoeLlavaForCausalLM"],
-        "text_config": _translate_text_config(config_dict),
+        "text_config": _translate_text_config(config_dict, folder),
         "vision_config": _read_tower_config(image_tower, config_dict, folder),
         "vision_feature_layer": config_dict.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[
@@ -393,10 +404,13 @@ def translate_original_config(
     return translated if dtype is None else {**translated, "dtype": dtype}
 
 
-def _translate_text_config(config_dict: dict[str, Any]) -> dict[str, Any]:
+def _translate_text_config(config_dict: dict[str, Any], folder: str) -> dict[str, Any]:
     renamed = {RENAMED_TEXT_KEYS.get(key, key): value for key, value in config_dict.items()}
     text_config = {key: renamed[key] for key in TEXT_KEYS if renamed.get(key) is not None}
     text_config["model_type"] = ORIGINAL_MODEL_TYPES[config_dict["model_type"]]
+    text_config["vocab_size"] = original_vocabulary_size(folder, text_config["vocab_size"])
+    # Phi has none in its configuration, and the in-tree defaults are of another tokenizer.
+    text_config |= {name: config_dict.get(name) for name in ("bos_token_id", "eos_token_id")}
     if text_config["model_type"] == "moe_llava_qwen2_text":
         # Qwen-1 counts both halves of its gated network, and has as many key as query heads.
         text_config["intermediate_size"] //= 2
@@ -412,6 +426,41 @@ def _translate_text_config(config_dict: dict[str, Any]) -> dict[str, Any]:
     text_config["use_residual"] = bool(moe.get("use_residual", False))
     text_config["router_aux_loss_coef"] = moe.get("router_aux_loss_coef", 0.01)
     return text_config
+
+
+def original_vocabulary_size(folder: str, num_rows: int) -> int:
+    """Tokens of the tokenizer in `folder`, to which the original cuts embeddings and head of `num_rows` when it loads.
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than the model has rows.
+    """
+    size = num_rows
+    vocabulary = _original_file(folder, "vocab.json")
+    if vocabulary is not None:
+        added = _original_file(folder, "added_tokens.json")
+        ids = [*json.loads(vocabulary).values(), *(json.loads(added) if added else {}).values()]
+        size = max(ids) + 1
+    for name, num_specials in TIKTOKEN_SPECIALS.items():
+        ranks = _original_file(folder, name)
+        if ranks is not None:
+            size = sum(1 for line in ranks.splitlines() if line.strip()) + num_specials
+    if size > num_rows:
+        raise ValueError(f"The tokenizer in {folder} has {size} tokens, but the model has embeddings of {num_rows}.")
+    return size
+
+
+def _original_file(folder: str, name: str) -> str | None:
+    path = cached_file(
+        folder,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read()
 
 
 def _read_tower_config(

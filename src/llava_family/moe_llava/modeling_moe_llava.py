@@ -121,7 +121,7 @@ def route_tokens(
     """Chooses the experts of every token and their weights (paper, equations 3-5).
 
     With a capacity, first choices go before second ones and earlier tokens before later ones, in the order of the
-    flattened batch. What finds no place is dropped: its weight is 0, and the weight of the other choice becomes 1.
+    flattened batch (with one expert per token, any). What finds no place is dropped: its weight is 0, and the weight of the other choice becomes 1.
 
     Args:
         router_logits (`torch.Tensor` of shape `(tokens, experts)`, float32).
@@ -142,7 +142,8 @@ def route_tokens(
     top_k_weights = probabilities.gather(1, top_k_index)
     if capacity_factor is not None:
         capacity = expert_capacity(router_logits.shape, num_experts_per_tok, capacity_factor, min_capacity)
-        top_k_weights = top_k_weights * _finds_place(top_k_index, router_logits.shape[1], capacity)
+        at_random = second_expert_policy == "sampling"
+        top_k_weights = top_k_weights * _finds_place(top_k_index, router_logits.shape[1], capacity, at_random)
     if num_experts_per_tok == 2:
         total = top_k_weights.sum(dim=-1, keepdim=True)
         top_k_weights = top_k_weights / total.clamp(min=torch.finfo(torch.float32).eps)
@@ -157,8 +158,15 @@ def expert_capacity(shape: torch.Size, num_experts_per_tok: int, capacity_factor
     return max(math.ceil((num_tokens / num_experts) * factor), min_capacity)
 
 
-def _finds_place(top_k_index: torch.Tensor, num_experts: int, capacity: int) -> torch.Tensor:
+def _finds_place(top_k_index: torch.Tensor, num_experts: int, capacity: int, at_random: bool) -> torch.Tensor:
+    """Which choices are kept, of the shape of `top_k_index`."""
     choices = nn.functional.one_hot(top_k_index, num_experts)  # (tokens, k, experts)
+    if top_k_index.shape[1] == 1:
+        # One choice per token: the original draws lots for the places of a full expert. Without lots, which of the
+        # equal ones it keeps is left to `topk`.
+        priority = choices[:, 0].float() * (torch.rand_like(choices[:, 0].float()) if at_random else 1.0)
+        kept = priority.topk(min(capacity, len(priority)), dim=0).indices
+        return torch.zeros_like(priority).scatter(0, kept, 1.0).gather(1, top_k_index)
     before_in_class = choices.cumsum(dim=0) - choices
     in_earlier_classes = choices.sum(dim=0).cumsum(dim=0) - choices.sum(dim=0)
     position = ((before_in_class + in_earlier_classes) * choices).sum(dim=-1)
