@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -12,8 +13,6 @@ from transformers.utils import is_torchvision_available
 from llava_family import LlavaUhdImageProcessorPil
 from llava_family.moe_llava import image_processing_pil_moe_llava
 from llava_family.moe_llava.image_processing_pil_moe_llava import MoeLlavaImageProcessorPil
-
-from .goldens import VARIANTS, Goldens
 
 
 CLIP_56 = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
@@ -26,6 +25,10 @@ SIGLIP_56 = {
 TOWERS = {"clip": (CLIP_56, CLIPImageProcessorPil), "siglip": (SIGLIP_56, SiglipImageProcessorPil)}
 
 
+def images_of(variant):
+    return [Image.open(variant.folder / f"image_{index}.png") for index in range(2)]
+
+
 def photo(width=83, height=61, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
@@ -34,15 +37,13 @@ def pixels(processor, images, **kwargs):
     return processor(images, return_tensors="pt", **kwargs)["pixel_values"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 def test_pixels_are_those_of_the_original(variant):
-    goldens = Goldens(variant)
-    processor = MoeLlavaImageProcessorPil(**(SIGLIP_56 if "siglip" in variant else CLIP_56))
-    assert torch.equal(pixels(processor, goldens.images), goldens["pixel_values"])
-    assert torch.equal(pixels(processor, goldens.images, do_pad=False), goldens["pixel_values_no_square_pad"])
+    processor = MoeLlavaImageProcessorPil(**(SIGLIP_56 if "siglip" in variant.name else CLIP_56))
+    assert torch.equal(pixels(processor, images_of(variant)), variant["pixel_values"])
+    assert torch.equal(pixels(processor, images_of(variant), do_pad=False), variant["pixel_values_no_square_pad"])
 
 
-@pytest.mark.parametrize("size", [(83, 61), (57, 95), (20, 30), (1, 40), (56, 56), (300, 299)])
+@pytest.mark.parametrize("size", [(83, 61), (57, 95), (59, 100), (100, 59), (20, 30), (1, 40), (56, 56), (300, 299)])
 @pytest.mark.parametrize("tower", TOWERS)
 def test_without_padding_it_is_the_tower_s_own_processor(tower, size):
     settings, original = TOWERS[tower]
@@ -79,7 +80,7 @@ def test_background_color():
     assert padded[:, 0].T.unique(dim=0).tolist() == padded[:, 3].T.unique(dim=0).tolist() == [[1, 2, 3]]
     np.testing.assert_array_equal(padded[:, 1].T, np.asarray(photo(4, 1))[0])
     grey = pixels(processor, photo(4, 1).convert("L"), do_convert_rgb=False, background_color=(7,))
-    assert grey.shape == (1, 4, 4) and grey[0, 0].tolist() == [7] * 4
+    assert grey.shape == (1, 1, 4, 4) and grey[0, 0, 0].tolist() == [7] * 4
     for bad in ([1, 2], [1, 2, 256], [-1, 0, 0]):
         with pytest.raises(ValueError, match="one grey level of 0..255 for each of the 3 channels"):
             processor(photo(4, 1), background_color=bad)
@@ -122,15 +123,15 @@ def test_number_of_image_patches():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vision_encoding": "round"}, "round"),
+        ({"vision_encoding": "round"}, "square.*slices.*round"),
         ({"size": {"longest_edge": 56}}, "`height` and `width`, or `shortest_edge`"),
         ({"size": {"shortest_edge": 56, "longest_edge": 60}}, "`height` and `width`, or `shortest_edge`"),
     ],
 )
 def test_settings_that_make_no_square(settings, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, StrictDataclassFieldValidationError), match=message):
         MoeLlavaImageProcessorPil()(photo(), **settings)
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         MoeLlavaImageProcessorPil(**settings)(photo())
 
 
@@ -165,7 +166,9 @@ def test_arrays_and_tensors_equal_pil_images():
 
 
 def test_save_and_load(tmp_path):
-    processor = MoeLlavaImageProcessorPil(**SIGLIP_56, background_color=[1, 2, 3], vision_encoding="slices", do_pad=False)
+    processor = MoeLlavaImageProcessorPil(
+        **SIGLIP_56, background_color=[1, 2, 3], vision_encoding="slices", do_pad=False
+    )
     processor.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert saved["image_processor_type"] == "MoeLlavaImageProcessor"
@@ -189,12 +192,11 @@ class TestTorchvision:
     def backend(self):
         return importlib.import_module("llava_family.moe_llava.image_processing_moe_llava").MoeLlavaImageProcessor
 
-    @pytest.mark.parametrize("variant", VARIANTS)
     @pytest.mark.parametrize("do_pad", [True, False])
     def test_pixels_are_within_two_grey_levels_of_the_original(self, variant, do_pad):
-        goldens, settings = Goldens(variant), SIGLIP_56 if "siglip" in variant else CLIP_56
-        expected = goldens["pixel_values" if do_pad else "pixel_values_no_square_pad"]
-        actual = pixels(self.backend(do_pad=do_pad, **settings), goldens.images)
+        settings = SIGLIP_56 if "siglip" in variant.name else CLIP_56
+        expected = variant["pixel_values" if do_pad else "pixel_values_no_square_pad"]
+        actual = pixels(self.backend(do_pad=do_pad, **settings), images_of(variant))
         assert (actual - expected).abs().max() <= 2 / 255 / 0.26
 
     def test_floats_and_padding(self):

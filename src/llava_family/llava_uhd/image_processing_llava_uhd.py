@@ -31,7 +31,6 @@ from .image_processing_pil_llava_uhd import (
 @auto_docstring
 class LlavaUhdImageProcessor(LlavaUhdSlicingMixin, TorchvisionBackend):
     valid_kwargs = LlavaUhdImageProcessorKwargs
-    model_input_names = ["pixel_values", "image_grids"]
 
     do_resize = True
     resample = PILImageResampling.BICUBIC

@@ -109,6 +109,10 @@ def to_patches(pixels: np.ndarray, rows: int, columns: int, patch_size: int) -> 
 class LlavaUhdSlicingMixin:
     """What the two backends of the image processor share: how an image of a given size is sliced."""
 
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values", "image_grids"]
+
     def slice_plan(self, width: int, height: int, **kwargs: Unpack[LlavaUhdImageProcessorKwargs]) -> SlicePlan:
         """The plan for an image of `width` x `height` pixels under this processor's settings or those in `kwargs`."""
         settings = {name: kwargs.get(name, getattr(self, name)) for name in SLICING_SETTINGS}
@@ -138,7 +142,6 @@ class LlavaUhdSlicingMixin:
 @auto_docstring
 class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
     valid_kwargs = LlavaUhdImageProcessorKwargs
-    model_input_names = ["pixel_values", "image_grids"]
 
     do_resize = True
     resample = PILImageResampling.BICUBIC

@@ -749,8 +749,8 @@ class LlavaUhdModel(ImagePlaceholderMixin, LlavaUhdPreTrainedModel):
         )
 
 
-class PlaceholderGenerationMixin:
-    """Keeps a placeholder that is in no vocabulary away from generation; stands before `GenerationMixin`."""
+class PlaceholderGenerationMixin(GenerationMixin):
+    """`GenerationMixin` that keeps a placeholder, which is in no vocabulary, away from it."""
 
     def _get_logits_processor(self, *args, encoder_input_ids=None, **kwargs) -> LogitsProcessorList:
         # Of the processors that look scores up by prompt token, the encoder's trust it to be in the vocabulary.
@@ -765,7 +765,7 @@ class PlaceholderGenerationMixin:
     as adaptively cut slices and an overview.
     """
 )
-class LlavaUhdForConditionalGeneration(PlaceholderGenerationMixin, LlavaUhdPreTrainedModel, GenerationMixin):
+class LlavaUhdForConditionalGeneration(LlavaUhdPreTrainedModel, PlaceholderGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}

@@ -50,6 +50,18 @@ SIGLIP_SO400M_384 = {
     "patch_size": 14,
 }
 
+# For transformers' `DistributedConfig`. Tensor parallelism splits every expert, expert parallelism deals them out.
+EXPERTS_TP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+    "layers.*.mlp.experts.down_proj": "rowwise",
+    "layers.*.mlp.experts": "moe_tp_experts",
+}
+EXPERTS_EP_PLAN = {
+    "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+    "layers.*.mlp.experts.down_proj": "grouped_gemm",
+    "layers.*.mlp.experts": "ep_dispatch_experts",
+}
+
 MoeLayers = Literal["sparse", "dense", "first_half", "second_half"]
 
 
@@ -116,6 +128,7 @@ class SparseTextConfigMixin:
     """What a text configuration needs to have experts; the backbone's own fields are those of its in-tree class."""
 
     attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
+    base_model_ep_plan = EXPERTS_EP_PLAN
 
     num_experts: int = 4
     num_experts_per_tok: int = 2
@@ -131,6 +144,11 @@ class SparseTextConfigMixin:
 
     def __post_init__(self, **kwargs):
         self.moe_layers = select_moe_layers(self.moe_layers, self.num_hidden_layers)
+        if self.use_residual:
+            dense = {name: style for name, style in self.base_model_tp_plan.items() if "experts" not in name}
+            self.base_model_tp_plan = self.base_model_tp_plan | {
+                name.replace(".mlp.", ".mlp.residual_mlp."): style for name, style in dense.items() if ".mlp." in name
+            }
         super().__post_init__(**kwargs)
 
     def validate_experts(self):
@@ -152,6 +170,14 @@ class MoeLlavaPhiConfig(SparseTextConfigMixin, PhiConfig):
 
     model_type = "moe_llava_phi_text"
     base_config_key = "text_config"
+    # As for in-tree GPT-OSS, tensor parallelism leaves experts whole: every rank would add their second bias.
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj_bias": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
 
 
 @auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
@@ -164,6 +190,17 @@ class MoeLlavaStableLmConfig(SparseTextConfigMixin, StableLmConfig):
 
     model_type = "moe_llava_stablelm_text"
     base_config_key = "text_config"
+    # In-tree StableLM has no plan. Its attention is written for all heads, so these are gathered.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise_gather_output",
+        "layers.*.self_attn.k_proj": "colwise_gather_output",
+        "layers.*.self_attn.v_proj": "colwise_gather_output",
+        "layers.*.self_attn.o_proj": "rowwise_split_input",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        **EXPERTS_TP_PLAN,
+    }
 
 
 @auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
@@ -173,6 +210,7 @@ class MoeLlavaQwen2Config(SparseTextConfigMixin, Qwen2Config):
 
     model_type = "moe_llava_qwen2_text"
     base_config_key = "text_config"
+    base_model_tp_plan = Qwen2Config.base_model_tp_plan | EXPERTS_TP_PLAN
 
 
 @auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
@@ -182,6 +220,7 @@ class MoeLlavaLlamaConfig(SparseTextConfigMixin, LlamaConfig):
 
     model_type = "moe_llava_llama_text"
     base_config_key = "text_config"
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan | EXPERTS_TP_PLAN
 
 
 @auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
@@ -191,6 +230,7 @@ class MoeLlavaMistralConfig(SparseTextConfigMixin, MistralConfig):
 
     model_type = "moe_llava_mistral_text"
     base_config_key = "text_config"
+    base_model_tp_plan = MistralConfig.base_model_tp_plan | EXPERTS_TP_PLAN
 
 
 @auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
@@ -263,6 +303,13 @@ class MoeLlavaConfig(PreTrainedConfig):
         # Qwen1.5-1.8B carries the flag in its own configuration.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
+    @PreTrainedConfig._experts_implementation.setter
+    def _experts_implementation(self, value: str | dict | None):
+        # For the text model only: a vision tower without experts refuses to be built with "grouped_mm".
+        if isinstance(value, str):
+            value = {"": value, "text_config": value}
+        PreTrainedConfig._experts_implementation.fset(self, value)
+
     # TRL reads both from the composite configuration: https://github.com/huggingface/trl/pull/6083
     @property
     def output_router_logits(self) -> bool:
@@ -270,7 +317,7 @@ class MoeLlavaConfig(PreTrainedConfig):
 
     @output_router_logits.setter
     def output_router_logits(self, value: bool):
-        self.text_config.output_router_logits = value
+        self.text_config.output_router_logits = value  # type: ignore[union-attr]
 
     @property
     def router_aux_loss_coef(self) -> float:
@@ -278,7 +325,7 @@ class MoeLlavaConfig(PreTrainedConfig):
 
     @router_aux_loss_coef.setter
     def router_aux_loss_coef(self, value: float):
-        self.text_config.router_aux_loss_coef = value
+        self.text_config.router_aux_loss_coef = value  # type: ignore[union-attr]
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -59,10 +59,14 @@ class MoeLlavaImageProcessorKwargs(LlavaUhdImageProcessorKwargs, total=False):
     background_color: list[int] | tuple[int, ...] | None
 
 
-class MoeLlavaSquareMixin(LlavaUhdSlicingMixin):
+class MoeLlavaSquareMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user makes one)
     """What the two backends of the image processor share: how an image becomes a square view."""
 
     vision_encoding: VisionEncoding
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values", "image_grids"] if self.vision_encoding == "slices" else ["pixel_values"]
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
         """Rows of `pixel_values` for an image of `height` x `width` pixels: 1 for `"square"`."""

@@ -31,7 +31,6 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -43,7 +42,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model  # trf-ignore: T
 from transformers.models.stablelm.modeling_stablelm import StableLmModel  # trf-ignore: TRF009
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
-from transformers.utils.generic import can_return_tuple
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
 
 from ..llava_uhd.modeling_llava_uhd import (
@@ -121,7 +120,8 @@ def route_tokens(
     """Chooses the experts of every token and their weights (paper, equations 3-5).
 
     With a capacity, first choices go before second ones and earlier tokens before later ones, in the order of the
-    flattened batch (with one expert per token, any). What finds no place is dropped: its weight is 0, and the weight of the other choice becomes 1.
+    flattened batch (with one expert per token, any). What finds no place is dropped: its weight is 0, and the weight
+    of the other choice becomes 1.
 
     Args:
         router_logits (`torch.Tensor` of shape `(tokens, experts)`, float32).
@@ -274,6 +274,7 @@ class MoeLlavaSparseMoeBlock(nn.Module):
         self.config = config
         self.gate = MoeLlavaRouter(config)
         self.experts = experts_class(config)
+        # CODEPATH: no release has residual experts; the original offers them
         if config.use_residual:
             self.residual_mlp = dense_mlp
             self.coefficient = nn.Linear(config.hidden_size, 2)
@@ -380,6 +381,7 @@ TEXT_MODELS = {
 
 def build_text_model(config) -> PreTrainedModel:
     """Own text models by their class, since a remote-code repository registers none; others by AutoModel."""
+    # CODEPATH: releases have experts; a stage-2 checkpoint, before it is upcycled, has an in-tree text model
     if config.model_type in TEXT_MODELS:
         return TEXT_MODELS[config.model_type]._from_config(config)
     return AutoModel.from_config(config)
@@ -409,6 +411,18 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def post_init(self):
+        super().post_init()
+        # transformers would save a model that was not loaded in the original's layout, and there are several: one for
+        # each backbone. What was loaded from one of them is saved in the same again, by default.
+        self._weight_conversions: list = []
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers distrusts initialisation outside of its package, and would leave CLIP's missing weights at the
+        # default scale. Ours goes through `transformers.initialization`, as it asks for.
+        return cls.is_remote_code()
+
 
 @auto_docstring(
     custom_intro="""
@@ -429,6 +443,7 @@ class MoeLlavaModel(ImagePlaceholderMixin, MoeLlavaPreTrainedModel):
         self.language_model = build_text_model(config.text_config)
         self.post_init()
 
+    @merge_with_config_defaults
     @can_return_tuple
     @auto_docstring(custom_intro="Encodes images and maps their features to the text model's width.")
     def get_image_features(
@@ -449,9 +464,11 @@ class MoeLlavaModel(ImagePlaceholderMixin, MoeLlavaPreTrainedModel):
         # CODEPATH: all releases are square
         if self.config.vision_encoding == "slices":
             return encode_views(self.vision_tower, self.resampler, pixel_values, image_grids, **kwargs)
-        kwargs.pop("output_hidden_states", None)
-        outputs = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True, **kwargs)
-        features = outputs.hidden_states[self.config.vision_feature_layer]
+        # A layer's number captures this layer only; who asks for all of them gets them.
+        layer = self.config.vision_feature_layer
+        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layer
+        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        features = outputs.hidden_states[layer]
         # CODEPATH: "default" for all releases, those with SigLIP too
         if self.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
@@ -512,7 +529,7 @@ class MoeLlavaModel(ImagePlaceholderMixin, MoeLlavaPreTrainedModel):
     many experts.
     """
 )
-class MoeLlavaForCausalLM(PlaceholderGenerationMixin, MoeLlavaPreTrainedModel, GenerationMixin):
+class MoeLlavaForCausalLM(MoeLlavaPreTrainedModel, PlaceholderGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}

@@ -232,7 +232,6 @@ def _load_tiktoken(
         model_max_length=config.get("model_max_length", 2048),
         padding_side=config.get("padding_side", "right"),
         clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
         **names,
     )
 
