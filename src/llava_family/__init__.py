@@ -13,6 +13,7 @@ from .auto import register_on_first_use
 __version__ = "0.1.0"
 
 _MODULES = {
+    "inspection.routing": ("RoutingRecorder",),
     "llava_uhd.configuration_llava_uhd": ("LlavaUhdConfig", "LlavaUhdVisionConfig"),
     "llava_uhd.image_processing_llava_uhd": ("LlavaUhdImageProcessor",),
     "llava_uhd.image_processing_pil_llava_uhd": ("LlavaUhdImageProcessorPil",),
@@ -51,6 +52,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = ["__version__", *_MODULE_OF]
 
 if TYPE_CHECKING:
+    from .inspection.routing import RoutingRecorder
     from .llava_uhd.configuration_llava_uhd import LlavaUhdConfig, LlavaUhdVisionConfig
     from .llava_uhd.image_processing_llava_uhd import LlavaUhdImageProcessor
     from .llava_uhd.image_processing_pil_llava_uhd import LlavaUhdImageProcessorPil

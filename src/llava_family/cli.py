@@ -1,7 +1,10 @@
 """The `llava-family` command."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,26 +19,65 @@ def main_options() -> None:
     """LLaVA research models as transformers families."""
 
 
-@app.command()
-def generate(
-    model: Annotated[str, typer.Option(help="Folder or Hub repository of a checkpoint, converted or original.")],
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[list[str] | None, typer.Option(help="Image file or URL; repeat for several.")] = None,
-    vision_tower: Annotated[
-        str | None, typer.Option(help="Folder of the CLIP checkpoint, for an original one that does not say it.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="Device, by default the GPU where there is one.")] = None,
-) -> None:
-    """Ask a model about images; the answer is written while it is generated."""
+ModelOption = Annotated[str, typer.Option(help="Folder or Hub repository of a checkpoint, converted or original.")]
+PromptOption = Annotated[str, typer.Option(help="What to ask.")]
+ImageOption = Annotated[list[str] | None, typer.Option(help="Image file or URL; repeat for several.")]
+VisionTowerOption = Annotated[
+    str | None, typer.Option(help="Folder of the vision tower's checkpoint, for an original one that does not say it.")
+]
+MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Device, by default the GPU where there is one.")]
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turns what users can get wrong into one message; bugs keep their traceback."""
     try:
-        images = [_open_image(file) for file in image or []]
-        _stream_answer(model, prompt, images, vision_tower, max_new_tokens, temperature, dtype, device)
+        yield
     except (OSError, ValueError) as error:
         typer.secho(f"Error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def generate(
+    model: ModelOption,
+    prompt: PromptOption,
+    image: ImageOption = None,
+    vision_tower: VisionTowerOption = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Ask a model about images; the answer is written while it is generated."""
+    with _clear_errors():
+        images = [_open_image(file) for file in image or []]
+        _stream_answer(model, prompt, images, vision_tower, max_new_tokens, temperature, dtype, device)
+
+
+@app.command()
+def routing(
+    model: ModelOption,
+    prompt: PromptOption,
+    output: Annotated[Path, typer.Option(help="HTML file to write.")],
+    image: ImageOption = None,
+    vision_tower: VisionTowerOption = None,
+    max_new_tokens: MaxNewTokensOption = 64,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
+) -> None:
+    """Report which experts a sparse model sends the tokens of images, prompt and answer to."""
+    with _clear_errors():
+        if find_spec("matplotlib") is None:
+            raise ValueError("The report needs matplotlib: `pip install 'llava-family[plot]'`.")
+        from .inspection.routing_report import check_output_file
+
+        check_output_file(output, force)
+        images = [_open_image(file) for file in image or []]
+        _report_routing(model, prompt, images, output, vision_tower, max_new_tokens, dtype, device, force)
 
 
 def _open_image(file: str):
@@ -59,30 +101,81 @@ def _stream_answer(
     dtype: str,
     device: str | None,
 ) -> None:
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+    from transformers import TextStreamer
 
-    original = {"mm_vision_tower": vision_tower} if vision_tower else {}
+    model, processor = _load(model_name, vision_tower, dtype, device)
+    inputs = _prepare_inputs(model, processor, prompt, images)
+    _set_decoding(model, temperature)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
+
+
+def _report_routing(
+    model_name: str,
+    prompt: str,
+    images: list,
+    output: Path,
+    vision_tower: str | None,
+    max_new_tokens: int,
+    dtype: str,
+    device: str | None,
+    force: bool,
+) -> None:
+    from rich.console import Console
+    from transformers.image_utils import load_image
+
+    from .inspection.routing import RoutingRecorder
+    from .inspection.routing_report import routing_table, write_routing_report
+
+    images = [load_image(image) for image in images]  # the report shows them, so URLs are fetched here
+    model, processor = _load(model_name, vision_tower, dtype, device)
+    recorder = RoutingRecorder(model, processor)
+    inputs = _prepare_inputs(model, processor, prompt, images)
+    _set_decoding(model, temperature=0.0)
+    with recorder:
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    answer = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    facts = {"Model": model_name, "Prompt": prompt, "Answer": answer}
+    path = write_routing_report(recorder, output, images, facts, overwrite=force)
+    console = Console()
+    console.print(answer, markup=False, highlight=False)
+    console.print(routing_table(recorder))
+    console.print(f"Wrote {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _load(model_name: str, vision_tower: str | None, dtype: str, device: str | None) -> tuple[Any, Any]:
+    """Model, on its device, and processor of a checkpoint, converted or original."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+
+    original = {}
+    if vision_tower:
+        # The originals of the families name their vision tower differently.
+        config_dict, _ = PreTrainedConfig.get_config_dict(model_name)
+        original = {"mm_image_tower" if "mm_image_tower" in config_dict else "mm_vision_tower": vision_tower}
     model = AutoModelForImageTextToText.from_pretrained(model_name, dtype=dtype, **original)
     processor = AutoProcessor.from_pretrained(model_name, **original)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
 
+
+def _prepare_inputs(model: Any, processor: Any, prompt: str, images: list) -> Any:
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
-    inputs = processor.apply_chat_template(
+    return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
     ).to(model.device, model.dtype)
+
+
+def _set_decoding(model: Any, temperature: float) -> None:
     # The released generation configuration samples; what was asked for here replaces it.
     if temperature:
         model.generation_config.update(do_sample=True, temperature=temperature)
     else:
         model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     model.generation_config.max_length = None  # `max_new_tokens` counts
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
 
 
 def main() -> None:

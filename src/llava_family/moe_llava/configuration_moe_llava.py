@@ -403,6 +403,8 @@ TEXT_KEYS = (
     "vocab_size",
 )
 
+VISION_FEATURE_SELECTIONS = {"patch": "default", "cls_patch": "full"}
+
 
 def original_configs() -> list[type[PreTrainedConfig]]:
     """Configuration classes for the model types of the original code."""
@@ -436,15 +438,19 @@ def translate_original_config(
             f"The configuration in {folder} must be MoE-LLaVA's, with `mm_image_tower` and a `model_type` of "
             f"{list(ORIGINAL_MODEL_TYPES)}, but is of type {config_dict.get('model_type')!r}."
         )
+    selection = config_dict.get("mm_vision_select_feature", "patch")
+    if selection not in VISION_FEATURE_SELECTIONS:
+        raise ValueError(
+            f"`mm_vision_select_feature` in {folder} must be one of {list(VISION_FEATURE_SELECTIONS)}, but is "
+            f"{selection!r}."
+        )
     translated = {
         "model_type": MoeLlavaConfig.model_type,
         "architectures": ["MoeLlavaForCausalLM"],
         "text_config": _translate_text_config(config_dict, folder),
         "vision_config": _read_tower_config(image_tower, config_dict, folder),
         "vision_feature_layer": config_dict.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[
-            config_dict.get("mm_vision_select_feature", "patch")
-        ],
+        "vision_feature_select_strategy": VISION_FEATURE_SELECTIONS[selection],
         "tie_word_embeddings": config_dict.get("tie_word_embeddings", False),
     }
     dtype = config_dict.get("dtype", config_dict.get("torch_dtype"))
