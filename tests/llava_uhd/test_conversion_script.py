@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, GenerationConfig
 
-from llava_family.conversion import CheckpointReader, writing
+from llava_family.conversion import CheckpointReader, scripting, writing
 from llava_family.llava_uhd.modeling_llava_uhd import LlavaUhdForConditionalGeneration
 from llava_family.llava_uhd.processing_llava_uhd import LlavaUhdProcessor
 
@@ -307,8 +307,8 @@ def test_interruption_leaves_nothing(release, monkeypatch, stage):
 
 def test_push_to_hub(shared_release, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(script, "create_repo", lambda repo_id, exist_ok: calls.append((repo_id, exist_ok)))
-    monkeypatch.setattr(script, "upload_folder", lambda **arguments: calls.append(arguments))
+    monkeypatch.setattr(scripting, "create_repo", lambda repo_id, exist_ok: calls.append((repo_id, exist_ok)))
+    monkeypatch.setattr(scripting, "upload_folder", lambda **arguments: calls.append(arguments))
     output = script.convert_llava_uhd_checkpoint(shared_release, tmp_path / "out", push_to_hub="me/mine")
     assert calls[0] == ("me/mine", True)
     assert (calls[1]["repo_id"], calls[1]["folder_path"]) == ("me/mine", output)
@@ -316,7 +316,7 @@ def test_push_to_hub(shared_release, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("401 Unauthorized")
 
-    monkeypatch.setattr(script, "create_repo", refuse)
+    monkeypatch.setattr(scripting, "create_repo", refuse)
     with pytest.raises(ValueError, match="complete in .*second, but could not be uploaded .* 401 Unauthorized"):
         script.convert_llava_uhd_checkpoint(shared_release, tmp_path / "second", push_to_hub="me/mine")
     assert (tmp_path / "second" / "config.json").exists()

@@ -1,5 +1,7 @@
 """Safe reading, planning and streaming writing of checkpoints. Nothing here knows a model family."""
 
+from .combining import CheckpointTensors
+from .lora import has_lora, merge_lora
 from .mapping import ConversionPlan, ConversionStep, plan_conversion
 from .reading import WEIGHT_FILES, CheckpointReader, TensorInfo, resolve_checkpoint
 from .writing import atomic_folder, check_output_folder, write_sharded
@@ -8,11 +10,14 @@ from .writing import atomic_folder, check_output_folder, write_sharded
 __all__ = [
     "WEIGHT_FILES",
     "CheckpointReader",
+    "CheckpointTensors",
     "ConversionPlan",
     "ConversionStep",
     "TensorInfo",
     "atomic_folder",
     "check_output_folder",
+    "has_lora",
+    "merge_lora",
     "plan_conversion",
     "resolve_checkpoint",
     "write_sharded",

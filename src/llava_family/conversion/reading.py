@@ -53,13 +53,14 @@ class CheckpointReader:
 
     Args:
         folder (`str` or `os.PathLike`): The checkpoint.
+        file (`str`, *optional*): The one file to read, instead of the weights that are found by transformers' names.
 
     Raises:
         FileNotFoundError: if there is no such folder.
         ValueError: if it holds no weights, or weights that are damaged, unsafe or unlike their index.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, file: str | None = None):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             kind = "a file" if self.folder.exists() else "missing"
@@ -68,7 +69,7 @@ class CheckpointReader:
         self._file_of: dict[str, str] = {}
         self._open_file: str | None = None
         self._shard: _SafetensorsShard | _PickleShard | None = None
-        found = [name for name in WEIGHT_FILES if os.path.lexists(self.folder / name)]
+        found = [file] if file else [name for name in WEIGHT_FILES if os.path.lexists(self.folder / name)]
         if not found:
             raise ValueError(
                 f"The checkpoint {self.folder} has no weights: expected one of {', '.join(WEIGHT_FILES)}, found "
