@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(PY) examples/demo.py
 
 # One thread per worker: two workers with a thread pool each only get in each other's way.
-test: .venv/.installed
+test: .venv/.installed .venv/.quantise
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2
 
 check: lint
@@ -28,6 +28,7 @@ test-transformers: .venv/.installed
 
 bench: .venv/.installed
 	$(PY) benchmarks/flops.py
+	$(PY) benchmarks/moe_layer.py
 
 clean:
 	rm -rf .venv .cache build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -36,4 +37,9 @@ clean:
 .venv/.installed: setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -qq -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Not with the rest: where torchao is installed, importing any transformers model prints its warnings.
+.venv/.quantise: .venv/.installed
+	$(PY) -m pip install -qq -c constraints.txt -e '.[quantise]'
 	touch $@

@@ -47,6 +47,7 @@ setup(
         "vision": ["torchvision"],
         "flash-attn": ["flash-attn>=2.6"],
         "plot": PLOT,
+        "quantise": ["torchao>=0.18,<0.19"],
         "train": TRAIN,
         "dev": [
             *PLOT,

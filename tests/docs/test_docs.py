@@ -1,8 +1,8 @@
 """The documents keep their word: snippets run, links lead somewhere, cited tests exist, tables are true.
 
-Names in the documents are placeholders that exist in the folder where snippets run. There the release and CLIP are the
-tiny golden checkpoint under their Hub names, so commands run exactly as documented. In the tiny release lies the CLIP
-folder that its config.json names, since it is not CLIP-L and needs one; the real one is converted without.
+Names in the documents are placeholders that exist in the folder where snippets run. There the releases and CLIP are
+tiny golden checkpoints under their Hub names, so commands run exactly as documented. In a tiny release lies the vision
+tower's folder that its config.json names, since it is of no known size and needs one; real ones are converted without.
 """
 
 import ast
@@ -17,19 +17,65 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoProcessor
 
 from llava_family import plan_slices
 
 
 ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests" / "fixtures" / "llava_uhd"
+FIXTURES = ROOT / "tests" / "fixtures"
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("model_cards/*.md"))]
 MODEL_CARDS = sorted(ROOT.glob("model_cards/*.md"))
 
-RELEASE, CLIP = "guozonghao96/llava-uhd-144-13b", "openai/clip-vit-large-patch14-336"
-CONVERTED, PHOTO = "path/to/llava-uhd-144-13b", "photo.jpg"
-CLIP_IN_RELEASE = "pretrained_models/clip-vit-large-patch14-336"
+CLIP, PHOTO = "openai/clip-vit-large-patch14-336", "photo.jpg"
+CLIP_FIXTURE = "llava_uhd/clip_vision_tower"
 RUNNABLE, SHOWN = {"python", "bash"}, {"text", "bibtex"}
+
+
+@dataclass(frozen=True)
+class Release:
+    """A release, the golden checkpoint that stands for it, and what its model card says."""
+
+    name: str
+    family: str
+    golden: str
+    tower: tuple[str, str]  # the fixture's folder, and where in the release it lies
+    base_model: str
+    license: str
+
+    @property
+    def card(self):
+        return ROOT / "model_cards" / f"{self.name.split('/')[1].lower()}.md"
+
+    @property
+    def converted(self):
+        return f"path/to/{self.card.stem}"
+
+
+def moe_llava(name, variant, tower, base_model):
+    golden = f"moe_llava/{variant}"
+    places = (f"{golden}/{tower}", tower)
+    return Release(f"LanguageBind/{name}", "moe_llava", f"{golden}/original_checkpoint", places, base_model, "other")
+
+
+TINY_CLIP, TINY_SIGLIP = "openai/clip-vit-tiny-patch14-56", "google/siglip-tiny-patch14-56"
+PHI, STABLELM, QWEN = "microsoft/phi-2", "stabilityai/stablelm-2-1_6b", "Qwen/Qwen-1_8B"
+RELEASES = [
+    Release(
+        "guozonghao96/llava-uhd-144-13b",
+        "llava_uhd",
+        "llava_uhd/original_checkpoint",
+        (CLIP_FIXTURE, "pretrained_models/clip-vit-large-patch14-336"),
+        "lmsys/vicuna-13b-v1.5",
+        "apache-2.0",
+    ),
+    moe_llava("MoE-LLaVA-Phi2-2.7B-4e", "phi_clip336", TINY_CLIP, PHI),
+    # There is no golden checkpoint of Phi with SigLIP.
+    moe_llava("MoE-LLaVA-Phi2-2.7B-4e-384", "phi_clip336", TINY_CLIP, PHI),
+    moe_llava("MoE-LLaVA-StableLM-1.6B-4e", "stablelm_clip336", TINY_CLIP, STABLELM),
+    moe_llava("MoE-LLaVA-StableLM-1.6B-4e-384", "stablelm_siglip384", TINY_SIGLIP, STABLELM),
+    moe_llava("MoE-LLaVA-Qwen-1.8B-4e", "qwen_clip336", TINY_CLIP, QWEN),
+]
 
 
 @dataclass(frozen=True)
@@ -89,22 +135,27 @@ def copy_folder(source, target):
 
 @pytest.fixture(scope="session")
 def placeholders(tmp_path_factory):
+    """The placeholders, by name."""
     folder = tmp_path_factory.mktemp("placeholders")
-    copy_folder(FIXTURES / "original_checkpoint", folder / RELEASE)
-    copy_folder(FIXTURES / "clip_vision_tower", folder / RELEASE / CLIP_IN_RELEASE)
-    copy_folder(FIXTURES / "clip_vision_tower", folder / CLIP)
+    copy_folder(FIXTURES / CLIP_FIXTURE, folder / CLIP)
     shutil.copyfile(ROOT / "examples" / "images" / "rocket.jpg", folder / PHOTO)
-    script = runpy.run_path(str(ROOT / "conversion_scripts" / "convert_llava_uhd_weights_to_hf.py"))
-    script["convert_llava_uhd_checkpoint"](folder / RELEASE, folder / CONVERTED)
-    return folder
+    for release in RELEASES:
+        fixture, place = release.tower
+        copy_folder(FIXTURES / release.golden, folder / release.name)
+        copy_folder(FIXTURES / fixture, folder / release.name / place)
+        script = ROOT / "conversion_scripts" / f"convert_{release.family}_weights_to_hf.py"
+        convert = runpy.run_path(str(script))[f"convert_{release.family}_checkpoint"]
+        convert(folder / release.name, folder / release.converted)
+    names = [CLIP, PHOTO, *(name for release in RELEASES for name in (release.name, release.converted))]
+    return {name: folder / name for name in names}
 
 
 @pytest.fixture
 def workspace(placeholders, tmp_path, monkeypatch):
     """An empty working directory in which the placeholders and the repository's scripts exist."""
-    for name in (RELEASE, CLIP, CONVERTED, PHOTO):
+    for name, target in placeholders.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).symlink_to(placeholders / name)
+        (tmp_path / name).symlink_to(target)
     for name in ("conversion_scripts", "examples", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
@@ -161,7 +212,8 @@ def run_program(program, arguments, workspace, monkeypatch):
         exit_code = exit_request.code
     assert exit_code in (0, None)
     if output is not None:
-        assert (output / "config.json").is_file()
+        # Scripts write a checkpoint's folder, commands a file.
+        assert (output / "config.json" if isinstance(program, Path) else output).is_file()
 
 
 def run_command(words, workspace, monkeypatch):
@@ -231,7 +283,8 @@ CITATION = re.compile(r"`((?:[\w/]+/)?test_\w+\.py)(?:::(\w+))?`")
 
 
 def assert_cited_test_exists(file, function):
-    path = ROOT / file if "/" in file else ROOT / "tests" / "llava_uhd" / file
+    family = "moe_llava" if file.endswith("_moe_llava.py") else "llava_uhd"
+    path = ROOT / file if "/" in file else ROOT / "tests" / family / file
     assert path.is_file(), file
     functions = {node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}
     assert not function or function in functions, f"{file}::{function}"
@@ -281,21 +334,47 @@ def test_compute_is_that_of_the_benchmark():
         assert [(line[3], line[8], line[9]) for line in found] == [(tokens, total, ratio)], model
 
 
-@pytest.mark.parametrize("path", MODEL_CARDS, ids=lambda path: path.stem)
-def test_model_card_metadata(path):
-    card = ModelCard.load(path)
+def test_every_release_has_a_card():
+    assert sorted(release.card for release in RELEASES) == MODEL_CARDS
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.card.stem)
+def test_model_card_metadata(release):
+    card = ModelCard.load(release.card)
     data = card.data.to_dict()
     assert data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "image-text-to-text"
-    assert data["license"] == "apache-2.0"
-    assert data["base_model"] == "lmsys/vicuna-13b-v1.5"
+    assert data["license"] == release.license
+    assert data.get("license_name") == ("see-below" if release.license == "other" else None)
+    assert "\n## Licence\n" in card.text
+    assert data["base_model"] == release.base_model
     assert data["language"] == ["en"]
     assert data["datasets"] == ["liuhaotian/LLaVA-Pretrain", "liuhaotian/LLaVA-Instruct-150K"]
-    assert "llava-uhd" in data["tags"]
+    assert release.family.replace("_", "-") in data["tags"]
     # No score was measured with these weights, so the card must not give the Hub one.
     assert card.data.eval_results is None
     assert "model-index" not in data
     assert card.text.lstrip().startswith("# ")
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.card.stem)
+def test_model_card_is_about_its_release(release):
+    """Cards of one family are much alike: what is copied must not name another release."""
+    other_names = {name for other in RELEASES if other != release for name in (other.name, other.converted)}
+    text = release.card.read_text("utf-8")
+    assert release.name in text and release.converted in text
+    for name in other_names:
+        assert not re.search(rf"{re.escape(name)}(?![\w-])", text), name
+
+
+@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.card.stem)
+def test_model_card_prompt(release, placeholders):
+    (prompt,) = (
+        snippet.code for snippet in SNIPPETS if (snippet.document, snippet.language) == (release.card, "text")
+    )
+    content = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
+    processor = AutoProcessor.from_pretrained(placeholders[release.converted])
+    assert prompt == processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 def test_python_snippet_with_an_error_fails(workspace):

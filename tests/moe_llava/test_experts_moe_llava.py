@@ -1,6 +1,11 @@
 """The experts' kernels agree, are the ones that were asked for, and no token sees another."""
 
 import copy
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +22,14 @@ from llava_family import (
 from llava_family.moe_llava.modeling_moe_llava import (
     MoeLlavaExperts,
     MoeLlavaPhiExperts,
+    MoeLlavaRouter,
     MoeLlavaSparseMoeBlock,
     balance_loss,
     route_tokens,
 )
 
 
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "moe_layer.py"
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 EXPERTS = {"gated": (MoeLlavaExperts, MoeLlavaQwen2Config), "phi": (MoeLlavaPhiExperts, MoeLlavaPhiConfig)}
 TEXT_CONFIGS = {"phi": MoeLlavaPhiConfig, "stablelm": MoeLlavaStableLmConfig, "qwen2": MoeLlavaQwen2Config}
@@ -144,12 +151,29 @@ def test_large_activations_in_half_precision(kind, implementation, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_router_is_in_float32(dtype):
+    torch.manual_seed(0)
+    router = MoeLlavaRouter(MoeLlavaPhiConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=1))
+    torch.nn.init.normal_(router.weight)
+    hidden_states = torch.randn(50, 256).to(dtype)
+    logits = router.to(dtype)(hidden_states)
+    assert logits.dtype == torch.float32
+    expected = hidden_states.double() @ router.weight.double().T
+    torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_balance_loss_of_many_tokens_in_half_precision(dtype):
     """A sum over 64k tokens is more than float16 holds (65504); all tokens on one expert is the largest loss."""
     num_tokens = 65536 + 1
     even = torch.zeros(num_tokens - 1, 4).to(dtype)
     even[torch.arange(num_tokens - 1), torch.arange(num_tokens - 1) % 4] = 20
     assert balance_loss((even, even)).item() == pytest.approx(2.0, abs=1e-4)
+    uneven = (torch.randn(num_tokens, 4) + torch.arange(4)).to(dtype)
+    probabilities = uneven.double().softmax(dim=-1)
+    share = torch.nn.functional.one_hot(probabilities.argmax(dim=-1), 4).double().mean(dim=0)
+    expected = 4 * (share * probabilities.mean(dim=0)).sum().item()
+    assert balance_loss((uneven,)).item() == pytest.approx(expected, abs=1e-5)
     one = torch.tensor([60.0, 0, 0, 0]).to(dtype).expand(num_tokens, 4)
     mask = torch.ones(1, num_tokens, dtype=torch.int64)
     for loss in (balance_loss((one,)), balance_loss((one,), mask), balance_loss((one,), mask.to(dtype))):
@@ -159,16 +183,16 @@ def test_balance_loss_of_many_tokens_in_half_precision(dtype):
 
 def tiny_model(backbone="phi", seed=0, **text_options):
     torch.manual_seed(seed)
-    text_config = TEXT_CONFIGS[backbone](
-        vocab_size=99,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        initializer_range=0.2,
-        **text_options,
-    )
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "initializer_range": 0.2,
+    }
+    text_config = TEXT_CONFIGS[backbone](**{**sizes, **text_options})
     vision_config = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
     )
@@ -267,3 +291,43 @@ def test_padding_changes_nothing(implementation):
         expected = model(input_ids=input_ids).logits
         actual = model(input_ids=padded, attention_mask=mask).logits[:, 5:]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    return runpy.run_path(str(BENCHMARK))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 64])
+def test_benchmark_compares_equal_modules(benchmark, num_tokens):
+    """Not how fast they are, but that in-tree Mixtral's block and DeepSpeed's dispatch compute what ours does."""
+    modules = benchmark["build_modules"](**benchmark["QUICK_SIZE"])
+    hidden_states = benchmark["random_tokens"](num_tokens, benchmark["QUICK_SIZE"]["hidden_size"])
+    with torch.no_grad():
+        outputs = {name: module(hidden_states) for name, module in modules.items()}
+    assert set(outputs) == {"ours", "Mixtral", "dense", "one-hot dispatch"}
+    for name in ("Mixtral", "one-hot dispatch"):
+        torch.testing.assert_close(outputs[name], outputs["ours"], atol=1e-5, rtol=0)
+    # The dense network is the first expert.
+    experts = modules["ours"].experts
+    index = torch.zeros(num_tokens, 1, dtype=torch.long)
+    first = experts(hidden_states[0], index, torch.ones(num_tokens, 1))
+    torch.testing.assert_close(outputs["dense"][0], first, atol=1e-5, rtol=0)
+
+
+def test_benchmark_measures_grouped_mm_in_both(benchmark, calls):
+    modules = benchmark["build_modules"](**benchmark["QUICK_SIZE"])
+    for name in ("ours", "Mixtral"):
+        calls["grouped_mm"] = 0
+        modules[name](benchmark["random_tokens"](3, benchmark["QUICK_SIZE"]["hidden_size"]))
+        assert calls == {"batched_mm": 0, "grouped_mm": 1}
+
+
+def test_benchmark_runs():
+    command = [sys.executable, str(BENCHMARK), "--quick", "--rounds", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "one-hot dispatch" in result.stdout and "too small to check claims" in result.stdout
+    result = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True, timeout=120)
+    records = json.loads(result.stdout)
+    assert len(records) == 6
+    assert all(record["ratio"] > 0 and record["seconds"] > 0 for record in records)

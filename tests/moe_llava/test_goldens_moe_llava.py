@@ -73,6 +73,14 @@ def test_greedy_generation(variant, golden_model):
     assert torch.equal(generated[0, inputs["input_ids"].shape[1] :], expected)
 
 
+def test_answers_end(variant, golden_model):
+    tokenizer = variant.metadata["variant"]["tokenizer"]
+    assert golden_model.generation_config.eos_token_id == tokenizer["eos_id"]
+    # Qwen's own settings pad with the token that ends an answer.
+    pad = tokenizer["eos_id"] if "qwen" in variant.name else tokenizer["pad_id"]
+    assert golden_model.generation_config.pad_token_id == pad
+
+
 def test_text_alone(variant, golden_model):
     with torch.no_grad():
         logits = golden_model(input_ids=variant["text_only.input_ids"]).logits

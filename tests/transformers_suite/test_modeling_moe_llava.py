@@ -87,7 +87,7 @@ class MoeLlavaModelTest(ModelTesterMixin, GenerationTesterMixin, PipelineTesterM
             self, config_class=MoeLlavaConfig, has_text_modality=False, common_properties=["image_token_id"]
         )
 
-    @unittest.skip("What was not loaded from the original's layout is saved natively, see MoeLlavaPreTrainedModel")
+    @unittest.skip("Saved natively, always: see MoeLlavaPreTrainedModel")
     def test_reverse_loading_mapping(self):
         pass
 

@@ -464,6 +464,8 @@ def _translate_text_config(config_dict: dict[str, Any], folder: str) -> dict[str
     text_config["vocab_size"] = original_vocabulary_size(folder, text_config["vocab_size"])
     # Phi has none in its configuration, and the in-tree defaults are of another tokenizer.
     text_config |= {name: config_dict.get(name) for name in ("bos_token_id", "eos_token_id")}
+    if text_config["eos_token_id"] is None:
+        text_config["eos_token_id"] = _end_of_sequence(folder)
     if text_config["model_type"] == "moe_llava_qwen2_text":
         # Qwen-1 counts both halves of its gated network, and has as many key as query heads.
         text_config["intermediate_size"] //= 2
@@ -487,12 +489,8 @@ def original_vocabulary_size(folder: str, num_rows: int) -> int:
     Raises:
         ValueError: if the tokenizer has more tokens than the model has rows.
     """
-    size = num_rows
-    vocabulary = _original_file(folder, "vocab.json")
-    if vocabulary is not None:
-        added = _original_file(folder, "added_tokens.json")
-        ids = [*json.loads(vocabulary).values(), *(json.loads(added) if added else {}).values()]
-        size = max(ids) + 1
+    vocabulary = _original_vocabulary(folder)
+    size = max(vocabulary.values()) + 1 if vocabulary else num_rows
     for name, num_specials in TIKTOKEN_SPECIALS.items():
         ranks = _original_file(folder, name)
         if ranks is not None:
@@ -500,6 +498,19 @@ def original_vocabulary_size(folder: str, num_rows: int) -> int:
     if size > num_rows:
         raise ValueError(f"The tokenizer in {folder} has {size} tokens, but the model has embeddings of {num_rows}.")
     return size
+
+
+def _original_vocabulary(folder: str) -> dict[str, int]:
+    """Ids of all tokens of a tokenizer with `vocab.json`; empty for others."""
+    files = (_original_file(folder, name) for name in ("vocab.json", "added_tokens.json"))
+    vocabulary, added = (json.loads(file) if file else {} for file in files)
+    return {**vocabulary, **added}
+
+
+def _end_of_sequence(folder: str) -> int | None:
+    """Id of the tokenizer's `eos_token`, which the original sets at load time."""
+    settings = json.loads(_original_file(folder, "tokenizer_config.json") or "{}")
+    return _original_vocabulary(folder).get(settings.get("eos_token"))
 
 
 def _original_file(folder: str, name: str) -> str | None:

@@ -411,11 +411,16 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def post_init(self):
-        super().post_init()
-        # transformers would save a model that was not loaded in the original's layout, and there are several: one for
-        # each backbone. What was loaded from one of them is saved in the same again, by default.
-        self._weight_conversions: list = []
+    # transformers remembers here what renamed the weights that it loaded, and reverses it to save them. The originals
+    # have one layout for each backbone, which only their `config.json` tells apart; `save_pretrained` writes a native
+    # one, hence native weights, always.
+    @property
+    def _weight_conversions(self) -> list:
+        return []
+
+    @_weight_conversions.setter
+    def _weight_conversions(self, value: list) -> None:
+        pass
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -543,6 +548,13 @@ class MoeLlavaForCausalLM(MoeLlavaPreTrainedModel, PlaceholderGenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        super().adjust_generation_fn(*args, **kwargs)
+        # Where generation settings do not tell how an answer ends, as those of the Phi releases, the model does.
+        for name in ("eos_token_id", "pad_token_id"):
+            if getattr(self.generation_config, name, None) is None:
+                setattr(self.generation_config, name, getattr(self.config.text_config, name, None))
 
     @auto_docstring
     def get_image_features(

@@ -14,7 +14,7 @@
 """Which tensor of an original checkpoint becomes which parameter; shared by direct loading and conversion.
 
 One list serves all backbones: Qwen-1's names are first brought to those of the others, and on a native checkpoint none
-of the patterns matches but `lm_head.weight`, which then stays as it is.
+of the patterns matches but those of the vocabulary, which then stays as it is.
 """
 
 import torch
@@ -53,9 +53,9 @@ def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
     """The transforms from an original checkpoint, sparse or dense, to a native one."""
     return [
         *_renamings(),
-        *(
-            WeightConverter(f"{prefix}.weight", "model.language_model.embed_tokens.weight", [KeepVocabulary()])
-            for prefix in (r"^model\.embed_tokens", r"^transformer\.wte")
+        # Without the prefix that a model without a head does not have.
+        WeightConverter(
+            "language_model.embed_tokens.weight", "language_model.embed_tokens.weight", [KeepVocabulary()]
         ),
         WeightConverter("lm_head.weight", "lm_head.weight", [KeepVocabulary()]),
         *(
@@ -82,6 +82,8 @@ def _renamings() -> list[WeightRenaming]:
     """All that keeps a tensor as it is; those of Qwen-1 first, since later patterns build on its renamed keys."""
     layers = "model.language_model.layers."
     return [
+        WeightRenaming(r"^transformer\.wte\.", "model.language_model.embed_tokens."),
+        WeightRenaming(r"^model\.embed_tokens\.", "model.language_model.embed_tokens."),
         WeightRenaming(r"^transformer\.h\.", layers),
         WeightRenaming(r"\.ln_1\.", ".input_layernorm."),
         WeightRenaming(r"\.ln_2\.", ".post_attention_layernorm."),
