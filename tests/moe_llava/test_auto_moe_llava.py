@@ -1,5 +1,10 @@
 """Auto classes and pipelines on every variant, original and native."""
 
+import json
+import shutil
+from pathlib import Path
+
+import pytest
 import torch
 from PIL import Image
 from transformers import (
@@ -13,6 +18,9 @@ from transformers import (
 )
 
 from llava_family import MoeLlavaConfig, MoeLlavaForCausalLM, MoeLlavaModel, MoeLlavaProcessor
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "moe_llava"
 
 
 def test_auto_classes(checkpoint):
@@ -32,6 +40,19 @@ def test_saved_and_loaded_again(checkpoint, tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("eos_token", "expected"),
+    [("<|endoftext|>", 346), ({"content": "<|endoftext|>"}, 346), (None, None), (["x"], None)],
+)
+def test_end_of_sequence_of_phi_is_its_tokenizers(tmp_path, eos_token, expected):
+    for file in (FIXTURES / "phi_clip336" / "original_checkpoint").glob("*.json"):
+        shutil.copyfile(file, tmp_path / file.name)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos_token}))
+    tower = FIXTURES / "phi_clip336" / "openai" / "clip-vit-tiny-patch14-56"
+    config = AutoConfig.from_pretrained(tmp_path, mm_image_tower=tower)
+    assert config.text_config.eos_token_id == expected
 
 
 def test_pipeline(variant):

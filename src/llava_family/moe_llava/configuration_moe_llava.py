@@ -509,8 +509,10 @@ def _original_vocabulary(folder: str) -> dict[str, int]:
 
 def _end_of_sequence(folder: str) -> int | None:
     """Id of the tokenizer's `eos_token`, which the original sets at load time."""
-    settings = json.loads(_original_file(folder, "tokenizer_config.json") or "{}")
-    return _original_vocabulary(folder).get(settings.get("eos_token"))
+    token = json.loads(_original_file(folder, "tokenizer_config.json") or "{}").get("eos_token")
+    # Older files describe the token, newer ones name it.
+    token = token.get("content") if isinstance(token, dict) else token
+    return _original_vocabulary(folder).get(token) if isinstance(token, str) else None
 
 
 def _original_file(folder: str, name: str) -> str | None:
