@@ -214,3 +214,13 @@ def gradient_of(model, name):
         packed = {"fc1": "up_proj", "fc2": "down_proj"}.get(projection, projection)
         return getattr(experts, packed if kind == "weight" else f"{packed}_bias").grad[int(expert)]
     return model.language_model.get_parameter(name).grad
+
+
+def test_gradient_accumulation_averages_the_balance_loss(golden_model):
+    ids = torch.arange(24).reshape(2, 12)
+    labels = ids.masked_fill(ids < 3, -100)
+    with torch.no_grad():
+        whole = golden_model(input_ids=ids, labels=labels)
+        share = golden_model(input_ids=ids, labels=labels, num_items_in_batch=torch.tensor(4 * 20))
+    torch.testing.assert_close(4 * share.loss, whole.loss)
+    assert whole.aux_loss > 0

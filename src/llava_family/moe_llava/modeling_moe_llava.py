@@ -596,8 +596,9 @@ class MoeLlavaForCausalLM(MoeLlavaPreTrainedModel, PlaceholderGenerationMixin):
         image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`, *optional*):
             Slices and patches of every image, for `"slices"`.
 
-        With `labels`, the loss has the balance loss in it. That is a mean over the tokens of this call: with gradient
-        accumulation it counts once per micro-batch, as in the original.
+        With `labels`, the loss has the balance loss in it, a mean over the tokens of this call. Where `Trainer` passes
+        `num_items_in_batch`, it counts by this call's share of them: gradient accumulation averages it, as it does the
+        original's.
         """
         return_router_logits = (
             self.config.output_router_logits if output_router_logits is None else output_router_logits
@@ -628,7 +629,9 @@ class MoeLlavaForCausalLM(MoeLlavaPreTrainedModel, PlaceholderGenerationMixin):
             counted = counted[:, -length:] if counted is not None and counted.ndim == 2 else None
             aux_loss = balance_loss(outputs.router_logits, counted)
             if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+                num_items = kwargs.get("num_items_in_batch")
+                share = 1.0 if num_items is None else (labels[..., 1:] != -100).sum().to(loss.device) / num_items
+                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
         return MoeLlavaCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
