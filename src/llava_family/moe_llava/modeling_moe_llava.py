@@ -628,7 +628,7 @@ class MoeLlavaForCausalLM(MoeLlavaPreTrainedModel, PlaceholderGenerationMixin):
             length = outputs.last_hidden_state.shape[1]
             counted = counted[:, -length:] if counted is not None and counted.ndim == 2 else None
             aux_loss = balance_loss(outputs.router_logits, counted)
-            if loss is not None:
+            if labels is not None:
                 num_items = kwargs.get("num_items_in_batch")
                 share = 1.0 if num_items is None else (labels[..., 1:] != -100).sum().to(loss.device) / num_items
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
