@@ -93,3 +93,40 @@ class MoeLlavaModelTest(ModelTesterMixin, GenerationTesterMixin, PipelineTesterM
 
     def test_config(self):
         self.config_tester.run_common_tests()
+
+
+class MoeLlavaStableLmModelTester(MoeLlavaModelTester):
+    text_model_type = "moe_llava_stablelm_text"
+
+    def __init__(self, parent):
+        super().__init__(parent)
+        # A quarter of these small heads would be 2 rotated dimensions, by whose excess over 2 dynamic scaling divides.
+        self.text_config["partial_rotary_factor"] = 0.5
+
+
+class MoeLlavaStableLmModelTest(MoeLlavaModelTest):
+    model_tester_class = MoeLlavaStableLmModelTester
+
+
+class MoeLlavaQwen2ModelTester(MoeLlavaModelTester):
+    text_model_type = "moe_llava_qwen2_text"
+
+
+class MoeLlavaQwen2ModelTest(MoeLlavaModelTest):
+    model_tester_class = MoeLlavaQwen2ModelTester
+
+
+class MoeLlavaLlamaModelTester(MoeLlavaModelTester):
+    text_model_type = "moe_llava_llama_text"
+
+
+class MoeLlavaLlamaModelTest(MoeLlavaModelTest):
+    model_tester_class = MoeLlavaLlamaModelTester
+
+
+class MoeLlavaMistralModelTester(MoeLlavaModelTester):
+    text_model_type = "moe_llava_mistral_text"
+
+
+class MoeLlavaMistralModelTest(MoeLlavaModelTest):
+    model_tester_class = MoeLlavaMistralModelTester
