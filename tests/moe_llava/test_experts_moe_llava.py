@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llava_family import (
@@ -20,6 +20,7 @@ from llava_family import (
     MoeLlavaStableLmConfig,
 )
 from llava_family.moe_llava.modeling_moe_llava import (
+    TEXT_MODELS,
     MoeLlavaExperts,
     MoeLlavaPhiExperts,
     MoeLlavaRouter,
@@ -253,6 +254,14 @@ def test_from_pretrained_takes_an_implementation(calls, tmp_path, implementation
     model = MoeLlavaForCausalLM.from_pretrained(tmp_path, experts_implementation=implementation)
     model(**tiny_batch(model))
     assert {name for name, count in calls.items() if count} == {implementation} - {"eager"}
+
+
+@pytest.mark.parametrize("model_type", TEXT_MODELS)
+def test_dense_models_do_not_answer_for_sparse_ones(model_type):
+    for dense in TEXT_MODELS[model_type].__mro__[1:]:
+        if issubclass(dense, PreTrainedModel):
+            dense._can_set_experts_implementation()
+    assert TEXT_MODELS[model_type]._can_set_experts_implementation()
 
 
 def test_unknown_implementation_is_refused():

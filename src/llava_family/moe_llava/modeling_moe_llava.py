@@ -302,6 +302,9 @@ class SparseTextModelMixin:
     """Puts experts into the chosen layers of an in-tree text model, before whose class it stands."""
 
     _experts_class: ClassVar[type[nn.Module]] = MoeLlavaExperts
+    # transformers keeps this answer on the class that it asked, and a subclass inherits it: without it, a dense Llama
+    # that was asked before in the same process would answer for this one.
+    _can_set_experts_implementation_cached_value = True
 
     def __init__(self, config):
         super().__init__(config)
