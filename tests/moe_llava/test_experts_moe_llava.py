@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, PreTrainedModel
+from transformers import CLIPVisionConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llava_family import (
@@ -259,7 +259,7 @@ def test_from_pretrained_takes_an_implementation(calls, tmp_path, implementation
 @pytest.mark.parametrize("model_type", TEXT_MODELS)
 def test_dense_models_do_not_answer_for_sparse_ones(model_type):
     for dense in TEXT_MODELS[model_type].__mro__[1:]:
-        if issubclass(dense, PreTrainedModel):
+        if dense.__module__.startswith("transformers.models."):
             dense._can_set_experts_implementation()
     assert TEXT_MODELS[model_type]._can_set_experts_implementation()
 
