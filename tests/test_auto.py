@@ -83,7 +83,7 @@ def test_failed_registration_is_tried_again():
         import llava_family
         from llava_family import auto
         from transformers import AutoConfig
-        works, auto.FAMILIES = auto.FAMILIES, (auto.Family("no_such_family", "None", "None", {}, "none"),)
+        works, auto.FAMILIES = auto.FAMILIES, (auto.Family("no_such_family", "None", "None", {}),)
         try:
             AutoConfig.for_model("llava_uhd")
         except ModuleNotFoundError:

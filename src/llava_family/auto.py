@@ -37,8 +37,6 @@ class Family:
     head: str
     # Configurations of parts -> the models that they build
     parts: dict[str, str]
-    # The function that makes configuration classes for the model types of the original code
-    original_configs: str
     causal_lm: bool = False
 
     def load(self, module: str, name: str):
@@ -48,13 +46,12 @@ class Family:
 
 
 FAMILIES = (
-    Family("llava_uhd", "LlavaUhd", "ForConditionalGeneration", {"VisionConfig": "VisionModel"}, "original_configs"),
+    Family("llava_uhd", "LlavaUhd", "ForConditionalGeneration", {"VisionConfig": "VisionModel"}),
     Family(
         "moe_llava",
         "MoeLlava",
         "ForCausalLM",
         {f"{backbone}Config": f"{backbone}Model" for backbone in ("Phi", "StableLm", "Qwen2", "Llama", "Mistral")},
-        "original_configs",
         causal_lm=True,
     ),
 )
@@ -69,7 +66,7 @@ def register() -> None:
         parts = {
             family.load("configuration", part): family.load("modeling", model) for part, model in family.parts.items()
         }
-        for config_class in (config, *parts, *family.load("configuration", family.original_configs)()):
+        for config_class in (config, *parts, *family.load("configuration", "original_configs")()):
             transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
         for config_class, model in {config: family.load("modeling", "Model"), **parts}.items():

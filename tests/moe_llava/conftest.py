@@ -55,7 +55,7 @@ def checkpoint(request, variant, tmp_path_factory):
     if request.param == "direct":
         return variant.original
     folder = tmp_path_factory.mktemp(variant.name)
-    MoeLlavaForCausalLM.from_pretrained(variant.original).save_pretrained(folder, save_original_format=False)
+    MoeLlavaForCausalLM.from_pretrained(variant.original).save_pretrained(folder)
     return folder
 
 

@@ -32,7 +32,7 @@ class KeepVocabulary(ConversionOps):
     """Keeps the rows of the text model's vocabulary.
 
     Releases have rows for more tokens than their tokenizers, never trained, and the original cuts them off when it
-    loads. The way back leaves them cut: the original pads nothing either.
+    loads. There is no way back: models are always saved natively.
     """
 
     @torch.no_grad()
@@ -40,10 +40,6 @@ class KeepVocabulary(ConversionOps):
         tensors = next(iter(input_dict.values()))
         tensor = tensors[0] if isinstance(tensors, list) else tensors
         return {target_patterns[0]: tensor[: config.get_text_config().vocab_size]}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return KeepVocabulary()
 
 
 EXPERTS = "mlp.deepspeed_moe.experts.deepspeed_experts.*."
