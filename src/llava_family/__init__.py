@@ -14,6 +14,17 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "inspection.routing": ("RoutingRecorder",),
+    "llava_mole.configuration_llava_mole": ("LlavaMoleConfig", "LlavaMoleTextConfig"),
+    "llava_mole.image_processing_llava_mole": ("LlavaMoleImageProcessor",),
+    "llava_mole.image_processing_pil_llava_mole": ("LlavaMoleImageProcessorPil",),
+    "llava_mole.layers_llava_mole": ("MoleLinear", "MoleMLP"),
+    "llava_mole.modeling_llava_mole": (
+        "LlavaMoleForCausalLM",
+        "LlavaMoleModel",
+        "LlavaMolePreTrainedModel",
+        "LlavaMoleTextModel",
+    ),
+    "llava_mole.processing_llava_mole": ("LlavaMoleProcessor",),
     "llava_uhd.configuration_llava_uhd": ("LlavaUhdConfig", "LlavaUhdVisionConfig"),
     "llava_uhd.image_processing_llava_uhd": ("LlavaUhdImageProcessor",),
     "llava_uhd.image_processing_pil_llava_uhd": ("LlavaUhdImageProcessorPil",),
@@ -53,6 +64,17 @@ __all__ = ["__version__", *_MODULE_OF]
 
 if TYPE_CHECKING:
     from .inspection.routing import RoutingRecorder
+    from .llava_mole.configuration_llava_mole import LlavaMoleConfig, LlavaMoleTextConfig
+    from .llava_mole.image_processing_llava_mole import LlavaMoleImageProcessor
+    from .llava_mole.image_processing_pil_llava_mole import LlavaMoleImageProcessorPil
+    from .llava_mole.layers_llava_mole import MoleLinear, MoleMLP
+    from .llava_mole.modeling_llava_mole import (
+        LlavaMoleForCausalLM,
+        LlavaMoleModel,
+        LlavaMolePreTrainedModel,
+        LlavaMoleTextModel,
+    )
+    from .llava_mole.processing_llava_mole import LlavaMoleProcessor
     from .llava_uhd.configuration_llava_uhd import LlavaUhdConfig, LlavaUhdVisionConfig
     from .llava_uhd.image_processing_llava_uhd import LlavaUhdImageProcessor
     from .llava_uhd.image_processing_pil_llava_uhd import LlavaUhdImageProcessorPil

@@ -54,6 +54,7 @@ FAMILIES = (
         {f"{backbone}Config": f"{backbone}Model" for backbone in ("Phi", "StableLm", "Qwen2", "Llama", "Mistral")},
         causal_lm=True,
     ),
+    Family("llava_mole", "LlavaMole", "ForCausalLM", {"TextConfig": "TextModel"}, causal_lm=True),
 )
 
 

@@ -76,8 +76,8 @@ def test_one_shard_is_open_at_a_time(tmp_path, monkeypatch, layout):
 
     def counted(shard_class):
         class Counted(shard_class):
-            def __init__(self, path):
-                super().__init__(path)
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
                 alive.add(id(self))
                 most.append(len(alive))
 
@@ -230,6 +230,25 @@ def test_pickle_must_hold_tensors_by_name(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="must hold a dictionary of tensors by name"):
         CheckpointReader(tmp_path)
+
+
+def test_entry_of_a_pickle(tmp_path):
+    state = {"epoch": 3, "optimizer": {"lr": [0.1]}, "state_dict": TENSORS}
+    torch.save(state, tmp_path / "last.pt")
+    with CheckpointReader(tmp_path, "last.pt", "state_dict") as reader:
+        assert list(reader.tensors) == list(TENSORS)
+        assert all(torch.equal(reader.read(name), tensor) for name, tensor in TENSORS.items())
+    save(tmp_path / "last.safetensors", TENSORS)
+    assert list(CheckpointReader(tmp_path, "last.safetensors", "state_dict").tensors) == list(TENSORS)
+    with pytest.raises(ValueError, match="must hold a dictionary of tensors by name, but holds a dictionary of dict"):
+        CheckpointReader(tmp_path, "last.pt")
+    with pytest.raises(ValueError, match="must hold a dictionary of tensors by name, but holds a dictionary of list"):
+        CheckpointReader(tmp_path, "last.pt", "optimizer")
+    with pytest.raises(ValueError, match=r"must hold a dictionary with tensors under 'model', but holds \['epoch', "):
+        CheckpointReader(tmp_path, "last.pt", "model")
+    torch.save([TENSORS], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="with tensors under 'state_dict', but holds a list"):
+        CheckpointReader(tmp_path, "list.pt", "state_dict")
 
 
 def test_resolve_checkpoint(tmp_path, monkeypatch):

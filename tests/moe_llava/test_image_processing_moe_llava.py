@@ -11,7 +11,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.utils import is_torchvision_available
 
 from llava_family import LlavaUhdImageProcessorPil
-from llava_family.moe_llava import image_processing_pil_moe_llava
+from llava_family.llava_uhd import image_processing_pil_square_llava_uhd
 from llava_family.moe_llava.image_processing_pil_moe_llava import MoeLlavaImageProcessorPil
 
 
@@ -142,7 +142,7 @@ def test_views_of_different_sizes():
 
 @pytest.mark.parametrize("do_pad", [True, False])
 def test_strips_that_would_fill_the_memory(monkeypatch, do_pad):
-    monkeypatch.setattr(image_processing_pil_moe_llava, "MAX_SQUARE_PIXELS", 10**6)
+    monkeypatch.setattr(image_processing_pil_square_llava_uhd, "MAX_SQUARE_PIXELS", 10**6)
     processor = MoeLlavaImageProcessorPil(do_pad=do_pad)
     assert processor(photo(200, 500), return_tensors="np")["pixel_values"].shape == (1, 3, 336, 336)
     with pytest.raises(ValueError, match="Image 1 of 2 is too long"):
@@ -217,6 +217,6 @@ class TestTorchvision:
     def test_errors(self, monkeypatch):
         with pytest.raises(ValueError, match="Image 1 of 2"):
             self.backend()([photo(), np.zeros((0, 4, 3), np.uint8)])
-        monkeypatch.setattr(image_processing_pil_moe_llava, "MAX_SQUARE_PIXELS", 10**6)
+        monkeypatch.setattr(image_processing_pil_square_llava_uhd, "MAX_SQUARE_PIXELS", 10**6)
         with pytest.raises(ValueError, match="Image 0 of 1 is too long"):
             self.backend()(photo(20_000, 2))

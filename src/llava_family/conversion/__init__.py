@@ -1,6 +1,6 @@
 """Safe reading, planning and streaming writing of checkpoints. Nothing here knows a model family."""
 
-from .combining import CheckpointTensors
+from .combining import CheckpointTensors, vision_tower_names
 from .lora import has_lora, merge_lora
 from .mapping import ConversionPlan, ConversionStep, plan_conversion
 from .reading import WEIGHT_FILES, CheckpointReader, TensorInfo, resolve_checkpoint
@@ -20,5 +20,6 @@ __all__ = [
     "merge_lora",
     "plan_conversion",
     "resolve_checkpoint",
+    "vision_tower_names",
     "write_sharded",
 ]

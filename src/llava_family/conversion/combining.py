@@ -47,19 +47,26 @@ class CheckpointTensors:
         """The tensor called `name`, which must be there, on the CPU."""
         return self._reads[name]()
 
-    def replace(self, name: str, others: Iterable[str], compute: Callable[..., torch.Tensor]) -> None:
-        """Makes the tensor `name` into `compute(name, *others)`, of its own shape and dtype; `others` are used up."""
+    def replace(
+        self,
+        name: str,
+        others: Iterable[str],
+        compute: Callable[..., torch.Tensor],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Makes the tensor `name` into `compute(name, *others)`, of its own shape and, unless given, its own dtype.
+
+        The `others` are used up.
+        """
         info, reads = self.tensors[name], [self._reads[part] for part in (name, *others)]
+        info = TensorInfo(info.shape, dtype or info.dtype)
         self.remove([name, *others])
         self.add(name, info, lambda: compute(*(read() for read in reads)))
 
     def replace_vision_tower(self, tower: CheckpointReader, prefix: str) -> None:
         """Puts the tower of a CLIP or SigLIP checkpoint, `vision_model.*`, in the place of all that begins so."""
-        names = {name: name for name in tower.tensors if name.startswith("vision_model.")}
-        # A vision model that transformers 5 saved has no prefix.
-        names = names or {name: f"vision_model.{name}" for name in tower.tensors}
         self.remove([name for name in self.tensors if name.startswith(prefix)])
-        self.add_checkpoint(tower, {name: prefix + full_name for name, full_name in names.items()})
+        self.add_checkpoint(tower, vision_tower_names(tower, prefix))
 
     def common_dtype(self, folder: Path) -> torch.dtype:
         """Of all floating point tensors, which are those of `folder`; ValueError if there are several."""
@@ -70,3 +77,11 @@ class CheckpointTensors:
                 f"({', '.join(sorted(map(str, dtypes)))}), expected one. Choose the output's by `dtype` (`--dtype`)."
             )
         return dtypes.pop()
+
+
+def vision_tower_names(tower: CheckpointReader, prefix: str) -> dict[str, str]:
+    """New names for the vision tower's tensors in a CLIP or SigLIP checkpoint: `vision_model.*` behind `prefix`."""
+    names = {name: name for name in tower.tensors if name.startswith("vision_model.")}
+    # A vision model that transformers 5 saved has no prefix.
+    names = names or {name: f"vision_model.{name}" for name in tower.tensors}
+    return {name: prefix + full_name for name, full_name in names.items()}

@@ -18,8 +18,10 @@ def has_lora(tensors: CheckpointTensors) -> bool:
     return any(LORA_NAME.match(name) for name in tensors.tensors)
 
 
-def merge_lora(tensors: CheckpointTensors, alpha: float, rank: int | None = None) -> int:
-    """Replaces every weight `W` that has an adapter by `W + alpha / rank * B @ A`, in the dtype of `W`.
+def merge_lora(
+    tensors: CheckpointTensors, alpha: float, rank: int | None = None, dtype: torch.dtype | None = None
+) -> int:
+    """Replaces every weight `W` that has an adapter by `W + alpha / rank * B @ A`.
 
     The sum is computed in float32, or in float64 where `W` is that, and rounded once.
 
@@ -27,6 +29,7 @@ def merge_lora(tensors: CheckpointTensors, alpha: float, rank: int | None = None
         tensors (`CheckpointTensors`): Changed in place. Values are merged when they are read.
         alpha (`float`): `lora_alpha` of the training.
         rank (`int`, *optional*): What every rank must be; by default they are those of the tensors.
+        dtype (`torch.dtype`, *optional*): Of the merged weights; that of `W` by default.
 
     Returns:
         `int`: How many weights were merged.
@@ -48,11 +51,18 @@ def merge_lora(tensors: CheckpointTensors, alpha: float, rank: int | None = None
     for name in [name for name in tensors.tensors if BASE_LAYER in name and not LORA_NAME.match(name)]:
         tensors.rename(name, name.replace(BASE_LAYER, "."))
     for module, names in sides.items():
-        _merge(tensors, f"{module}.weight", names, alpha, rank)
+        _merge(tensors, f"{module}.weight", names, alpha, rank, dtype)
     return len(sides)
 
 
-def _merge(tensors: CheckpointTensors, weight: str, sides: dict[str, str], alpha: float, rank: int | None) -> None:
+def _merge(
+    tensors: CheckpointTensors,
+    weight: str,
+    sides: dict[str, str],
+    alpha: float,
+    rank: int | None,
+    target_dtype: torch.dtype | None,
+) -> None:
     infos = tensors.tensors
     missing = [f"lora_{side}" for side in "AB" if side not in sides] + [weight] * (weight not in infos)
     if missing:
@@ -71,6 +81,7 @@ def _merge(tensors: CheckpointTensors, weight: str, sides: dict[str, str], alpha
 
     def merged(weight: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return (weight.to(dtype) + scale * (lora_b.to(dtype) @ lora_a.to(dtype))).to(weight.dtype)
+        total = weight.to(dtype) + scale * (lora_b.to(dtype) @ lora_a.to(dtype))
+        return total.to(target_dtype or weight.dtype)
 
-    tensors.replace(weight, (name_a, name_b), merged)
+    tensors.replace(weight, (name_a, name_b), merged, target_dtype)

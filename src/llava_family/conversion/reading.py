@@ -54,18 +54,21 @@ class CheckpointReader:
     Args:
         folder (`str` or `os.PathLike`): The checkpoint.
         file (`str`, *optional*): The one file to read, instead of the weights that are found by transformers' names.
+        entry (`str`, *optional*): Where a pickle holds a dictionary of other things too, such as a training's state:
+            the key of its tensors. Safetensors are tensors alone.
 
     Raises:
         FileNotFoundError: if there is no such folder.
         ValueError: if it holds no weights, or weights that are damaged, unsafe or unlike their index.
     """
 
-    def __init__(self, folder: str | os.PathLike, file: str | None = None):
+    def __init__(self, folder: str | os.PathLike, file: str | None = None, entry: str | None = None):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             kind = "a file" if self.folder.exists() else "missing"
             raise FileNotFoundError(f"The checkpoint must be a folder, but {self.folder} is {kind}.")
         self.tensors: dict[str, TensorInfo] = {}
+        self._entry = entry
         self._file_of: dict[str, str] = {}
         self._open_file: str | None = None
         self._shard: _SafetensorsShard | _PickleShard | None = None
@@ -102,7 +105,7 @@ class CheckpointReader:
     def _open(self, file: str) -> "_SafetensorsShard | _PickleShard":
         if self._shard is None or file != self._open_file:
             self.close()  # before the next one opens, not after
-            self._shard = _open_shard(_checked_path(self.folder, file))
+            self._shard = _open_shard(_checked_path(self.folder, file), self._entry)
             self._open_file = file
         return self._shard
 
@@ -157,7 +160,7 @@ class _SafetensorsShard:
 
 
 class _PickleShard:
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, entry: str | None = None):
         # Files older than torch 1.6 are no archives and cannot be mapped, only read as a whole.
         mmap = zipfile.is_zipfile(path)
         try:
@@ -168,6 +171,11 @@ class _PickleShard:
                 "download it again. If it holds other Python objects, it may run code when loaded: convert it to "
                 "safetensors where you trust it."
             ) from error
+        if entry is not None:
+            if not isinstance(state_dict, dict) or entry not in state_dict:
+                found = list(state_dict)[:5] if isinstance(state_dict, dict) else _kinds(state_dict)
+                raise ValueError(f"{path} must hold a dictionary with tensors under {entry!r}, but holds {found}.")
+            state_dict = state_dict[entry]
         entries = state_dict.items() if isinstance(state_dict, dict) else ()
         if not entries or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in entries):
             raise ValueError(f"{path} must hold a dictionary of tensors by name, but holds {_kinds(state_dict)}.")
@@ -180,8 +188,8 @@ class _PickleShard:
         return self.state_dict[name].detach()
 
 
-def _open_shard(path: Path) -> _SafetensorsShard | _PickleShard:
-    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _PickleShard(path)
+def _open_shard(path: Path, entry: str | None = None) -> _SafetensorsShard | _PickleShard:
+    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _PickleShard(path, entry)
 
 
 def _checked_path(folder: Path, file: str, named_in: Path | None = None) -> Path:

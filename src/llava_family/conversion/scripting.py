@@ -96,12 +96,16 @@ def upload(folder: Path, repo_id: str) -> None:
         ) from error
 
 
-def conversion_parser(description: str | None) -> argparse.ArgumentParser:
+def conversion_parser(
+    description: str | None,
+    checkpoint: str = "folder or Hub repository of the original release",
+    default_dtype: str = "the release's own",
+) -> argparse.ArgumentParser:
     """A parser with the options of every conversion script but `--vision-tower`, whose help differs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="folder or Hub repository of the original release")
+    parser.add_argument("--checkpoint", required=True, help=checkpoint)
     parser.add_argument("--output", required=True, help="new folder for the converted checkpoint")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the converted weights; the release's own by default")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"of the converted weights; {default_dtype} by default")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this Hub repository")
     return parser
 

@@ -49,6 +49,31 @@ ORIGINAL_TEXT_KEYS = (
 
 DEFAULT_NUM_QUERIES = {"spatial": 144, "perceiver": 64}
 
+CLIP_LARGE_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+SLICES_DOCSTRING = """
+    projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+        Activation between the projector's two layers.
+    resampler_type (`"spatial"` or `"perceiver"`, *optional*, defaults to `"spatial"`):
+        Resampler of `"slices"`, see [`LlavaUhdConfig`].
+    num_queries (`int`, *optional*):
+        Features per view of `"slices"`. Defaults to 144 for `"spatial"` and 64 for `"perceiver"`.
+    resampler_num_attention_heads (`int`, *optional*):
+        Defaults to the text model's hidden size divided by 128.
+    resampler_layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+        Epsilon of the resampler's layer norms.
+    image_token_id (`int`, *optional*):
+        Id of the `<image>` placeholder. Defaults to the text vocabulary's size: it is never embedded.
+"""
+
 
 @auto_docstring(checkpoint="guozonghao96/llava-uhd-144-13b")
 @strict
@@ -178,6 +203,51 @@ class LlavaUhdConfig(PreTrainedConfig):
 
 
 # Read but never written or built by hand: it has no parameters to document.
+@strict
+class SquareOrSlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
+    """What the configurations of other families share: square views by default, LLaVA-UHD's slices as an option."""
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    vision_encoding: Literal["square", "slices"] = "square"
+    projector_hidden_act: str = "gelu"
+    resampler_type: Literal["spatial", "perceiver"] = "spatial"
+    num_queries: int | None = None
+    resampler_num_attention_heads: int | None = None
+    resampler_layer_norm_eps: float = 1e-6
+    image_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.num_queries is None:
+            self.num_queries = DEFAULT_NUM_QUERIES[self.resampler_type]
+        if self.resampler_num_attention_heads is None:
+            self.resampler_num_attention_heads = max(self.text_config.hidden_size // 128, 1)
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size
+        # Text checkpoints such as Qwen1.5-1.8B carry the flag in their own configuration.
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+
+    # TRL reads both from the composite configuration: https://github.com/huggingface/trl/pull/6083
+    @property
+    def output_router_logits(self) -> bool:
+        return getattr(self.text_config, "output_router_logits", False)
+
+    @output_router_logits.setter
+    def output_router_logits(self, value: bool):
+        self.text_config.output_router_logits = value  # type: ignore[union-attr]
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        return getattr(self.text_config, "router_aux_loss_coef", 0.0)
+
+    @router_aux_loss_coef.setter
+    def router_aux_loss_coef(self, value: float):
+        self.text_config.router_aux_loss_coef = value  # type: ignore[union-attr]
+
+
 @strict
 class LlavaLlamaConfig(PreTrainedConfig):  # trf-ignore: TRF057
     """The configuration of an original release, whose model type is LLaVA-1.5's; reads as a [`LlavaUhdConfig`]."""

@@ -29,18 +29,9 @@ from transformers.models.stablelm.configuration_stablelm import StableLmConfig
 from transformers.utils import auto_docstring
 from transformers.utils.hub import cached_file
 
-from ..llava_uhd.configuration_llava_uhd import DEFAULT_NUM_QUERIES
+from ..llava_uhd.configuration_llava_uhd import CLIP_LARGE_336, SLICES_DOCSTRING, SquareOrSlicesConfig
 
 
-CLIP_LARGE_336 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-}
 SIGLIP_SO400M_384 = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -235,8 +226,8 @@ class MoeLlavaMistralConfig(SparseTextConfigMixin, MistralConfig):
 
 @auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
 @strict
-class MoeLlavaConfig(PreTrainedConfig):
-    r"""
+class MoeLlavaConfig(SquareOrSlicesConfig):
+    __doc__ = f"""
     vision_encoding (`"square"` or `"slices"`, *optional*, defaults to `"square"`):
         `"square"` is the paper's: one square view, whose patches a two-layer projector maps to the text model.
         `"slices"` is LLaVA-UHD's: adaptively cut views, compressed by its resampler.
@@ -245,25 +236,13 @@ class MoeLlavaConfig(PreTrainedConfig):
     vision_feature_select_strategy (`"default"` or `"full"`, *optional*, defaults to `"default"`):
         `"default"` drops the first feature: CLIP's class embedding. SigLIP has none and loses its top left patch, with
         which its releases were trained: 728 tokens. `"full"` keeps all, 729 for SigLIP.
-    projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
-        Activation between the projector's two layers.
-    resampler_type (`"spatial"` or `"perceiver"`, *optional*, defaults to `"spatial"`):
-        Resampler of `"slices"`, see [`LlavaUhdConfig`].
-    num_queries (`int`, *optional*):
-        Features per view of `"slices"`. Defaults to 144 for `"spatial"` and 64 for `"perceiver"`.
-    resampler_num_attention_heads (`int`, *optional*):
-        Defaults to the text model's hidden size divided by 128.
-    resampler_layer_norm_eps (`float`, *optional*, defaults to 1e-6):
-        Epsilon of the resampler's layer norms.
-    image_token_id (`int`, *optional*):
-        Id of the `<image>` placeholder. Defaults to the text vocabulary's size: it is never embedded.
-
+    {SLICES_DOCSTRING}
     Example:
 
     ```python
     >>> from llava_family import MoeLlavaConfig
 
-    >>> configuration = MoeLlavaConfig(text_config={"model_type": "moe_llava_phi_text", "num_hidden_layers": 4})
+    >>> configuration = MoeLlavaConfig(text_config={{"model_type": "moe_llava_phi_text", "num_hidden_layers": 4}})
     >>> configuration.text_config.moe_layers
     [0, 2]
     ```"""
@@ -278,30 +257,9 @@ class MoeLlavaConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="moe_llava_phi_text"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    vision_encoding: Literal["square", "slices"] = "square"
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
-    projector_hidden_act: str = "gelu"
-    resampler_type: Literal["spatial", "perceiver"] = "spatial"
-    num_queries: int | None = None
-    resampler_num_attention_heads: int | None = None
-    resampler_layer_norm_eps: float = 1e-6
-    image_token_id: int | None = None
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.num_queries is None:
-            self.num_queries = DEFAULT_NUM_QUERIES[self.resampler_type]
-        if self.resampler_num_attention_heads is None:
-            self.resampler_num_attention_heads = max(self.text_config.hidden_size // 128, 1)
-        if self.image_token_id is None:
-            self.image_token_id = self.text_config.vocab_size
-        # Qwen1.5-1.8B carries the flag in its own configuration.
-        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     @PreTrainedConfig._experts_implementation.setter
     def _experts_implementation(self, value: str | dict | None):
@@ -309,23 +267,6 @@ class MoeLlavaConfig(PreTrainedConfig):
         if isinstance(value, str):
             value = {"": value, "text_config": value}
         PreTrainedConfig._experts_implementation.fset(self, value)
-
-    # TRL reads both from the composite configuration: https://github.com/huggingface/trl/pull/6083
-    @property
-    def output_router_logits(self) -> bool:
-        return getattr(self.text_config, "output_router_logits", False)
-
-    @output_router_logits.setter
-    def output_router_logits(self, value: bool):
-        self.text_config.output_router_logits = value  # type: ignore[union-attr]
-
-    @property
-    def router_aux_loss_coef(self) -> float:
-        return getattr(self.text_config, "router_aux_loss_coef", 0.0)
-
-    @router_aux_loss_coef.setter
-    def router_aux_loss_coef(self, value: float):
-        self.text_config.router_aux_loss_coef = value  # type: ignore[union-attr]
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

@@ -1,0 +1,223 @@
+# Copyright 2026 The llava-family authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PIL image processor of the families that take an image as one square view, or in slices as LLaVA-UHD does.
+
+MoE-LLaVA and LLaVA-MoLE pad an image to a square, as LLaVA-1.5 does, and theirs differ from these in a line or two.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput, PILImageResampling, SizeDict
+from transformers.processing_utils import Unpack
+from transformers.utils import TensorType, auto_docstring
+
+from .image_processing_pil_llava_uhd import (
+    LlavaUhdImageProcessorKwargs,
+    LlavaUhdImageProcessorPil,
+    LlavaUhdSlicingMixin,
+    PreparedImage,
+    _common_channels,
+)
+
+
+VisionEncoding = Literal["square", "slices"]
+
+# A strip of one by 10**8 pixels is a small file, but its square, or its resize to a shortest edge, fills any memory.
+MAX_SQUARE_PIXELS = 2**29
+
+
+class SquareOrSlicesImageProcessorKwargs(LlavaUhdImageProcessorKwargs, total=False):  # type: ignore[call-arg]
+    r"""
+    base_size (`int`, *optional*, defaults to 336):
+        For `"slices"`: side of the square whose area every view has.
+    patch_size (`int`, *optional*, defaults to 14):
+        For `"slices"`: side of a vision encoder patch; the sides of all views are multiples of it.
+    max_slices (`int`, *optional*, defaults to 7):
+        For `"slices"`: upper limit for the slices of one image.
+    pre_resize_longest_edge (`int`, *optional*):
+        For `"slices"`: resizes every image to this longest side before it is sliced.
+    vision_encoding (`"square"` or `"slices"`, *optional*, defaults to `"square"`):
+        `"square"` is the paper's: one view of every image, of the vision tower's own size. `"slices"` is LLaVA-UHD's;
+        `do_pad`, `size`, `do_center_crop`, `crop_size` and `background_color` have no effect then.
+    background_color (`list[int]` or `tuple[int]`, *optional*):
+        Grey level of each channel of the border that `do_pad` puts around an image to make it square. Defaults to
+        `image_mean` in 8 bits, rounded down.
+    """
+
+    vision_encoding: VisionEncoding
+    background_color: list[int] | tuple[int, ...] | None
+
+
+class SquareOrSlicesMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user makes one)
+    """What the two backends of the image processor share: how an image becomes a square view."""
+
+    vision_encoding: VisionEncoding
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values", "image_grids"] if self.vision_encoding == "slices" else ["pixel_values"]
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
+        """Rows of `pixel_values` for an image of `height` x `width` pixels: 1 for `"square"`."""
+        images_kwargs = images_kwargs or {}
+        if images_kwargs.get("vision_encoding", self.vision_encoding) == "square":
+            return 1
+        return super().get_number_of_image_patches(height, width, images_kwargs)
+
+    def _validate_preprocess_kwargs(self, **kwargs):
+        encoding = kwargs["vision_encoding"]
+        if encoding not in ("square", "slices"):
+            raise ValueError(f'`vision_encoding` must be "square" or "slices", but is {encoding!r}.')
+        if encoding == "square" and kwargs["do_resize"]:
+            size = kwargs["size"]
+            if not (size and (size.shortest_edge or (size.height and size.width))) or size.longest_edge:
+                raise ValueError(f"`size` must have `height` and `width`, or `shortest_edge`, but is {size}.")
+            if kwargs["resample"] is None:
+                raise ValueError("`resample` must be given if `do_resize` is true.")
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    @staticmethod
+    def square_background(
+        background_color: list[int] | tuple[int, ...] | None, image_mean: Any, num_channels: int
+    ) -> tuple[int, ...]:
+        """Grey level of every channel of the border around an image, by default `image_mean` in 8 bits."""
+        if background_color is None:
+            background_color = [int(255 * mean) for mean in np.atleast_1d(image_mean)]
+        color = list(background_color) * (num_channels if len(background_color) == 1 else 1)
+        if len(color) != num_channels or not all(0 <= level <= 255 for level in color):
+            raise ValueError(
+                "`background_color`, or else 255 times `image_mean`, must be one grey level of 0..255 for each of the "
+                f"{num_channels} channels, but is {color}."
+            )
+        return tuple(color)
+
+    @staticmethod
+    def resized_size(width: int, height: int, size: SizeDict) -> tuple[int, int]:
+        """The `(width, height)` that `size` asks for: its own, or the image's with the shorter side as asked."""
+        if not size.shortest_edge:
+            return size.width, size.height
+        short = min(width, height)
+        return size.shortest_edge * width // short, size.shortest_edge * height // short
+
+    @staticmethod
+    def check_num_pixels(index: int, num_images: int, width: int, height: int) -> None:
+        """Raises a `ValueError` if a view on the way would have so many pixels that it may not fit into memory."""
+        if width * height > MAX_SQUARE_PIXELS:
+            raise ValueError(
+                f"Image {index} of {num_images} is too long: to become a square view it would need {width}x{height} "
+                f"pixels, but at most {MAX_SQUARE_PIXELS} are allowed."
+            )
+
+    @staticmethod
+    def check_equal_sizes(sizes: list[tuple[int, int]]) -> None:
+        """Raises a `ValueError` if the `(width, height)` of the views differ."""
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"The views of all images of a call must have one size, but have {sizes} (width, height). Resize them "
+                "to a `height` and `width`, or set `do_center_crop`."
+            )
+
+
+@auto_docstring
+class SquareOrSlicesImageProcessorPil(SquareOrSlicesMixin, LlavaUhdImageProcessorPil):
+    valid_kwargs = SquareOrSlicesImageProcessorKwargs
+
+    vision_encoding = "square"
+    do_pad = True
+    background_color = None
+    do_resize = True
+    size = {"shortest_edge": 336}
+    default_to_square = False
+    resample = PILImageResampling.BICUBIC
+    do_center_crop = True
+    crop_size = {"height": 336, "width": 336}
+    do_rescale = True
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_convert_rgb = True
+
+    def __init__(self, **kwargs: Unpack[SquareOrSlicesImageProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    @auto_docstring
+    def preprocess(self, images: ImageInput, **kwargs: Unpack[SquareOrSlicesImageProcessorKwargs]) -> BatchFeature:
+        r"""
+        Returns:
+            [`BatchFeature`] with `pixel_values`, float32, of shape `(num_images, channels, height, width)` for
+            `"square"`. For `"slices"` of shape `(total_patches, channels * patch_size**2)`, and with `image_grids` of
+            shape `(num_images, 3, 2)`, as [`LlavaUhdImageProcessorPil`] makes them.
+        """
+        return super().preprocess(images, **kwargs)
+
+    def _preprocess(self, images: list[PreparedImage], *args, **kwargs) -> BatchFeature:
+        if kwargs["vision_encoding"] == "slices":
+            return super()._preprocess(images, *args, **kwargs)
+        return self._preprocess_square(images, *args, **kwargs)
+
+    def _preprocess_square(
+        self,
+        images: list[PreparedImage],
+        do_pad: bool,
+        background_color: list[int] | tuple[int, ...] | None,
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling | None,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | list[float] | None,
+        image_std: float | list[float] | None,
+        return_tensors: str | TensorType | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        channels = _common_channels(images)
+        views = []
+        for index, (image, _) in enumerate(images):
+            if do_pad and image.width != image.height:
+                side = max(image.size)
+                self.check_num_pixels(index, len(images), side, side)
+                canvas = Image.new(
+                    image.mode, (side, side), self.square_background(background_color, image_mean, channels)
+                )
+                canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+                image = canvas
+            if do_resize:
+                resized = self.resized_size(*image.size, size)
+                self.check_num_pixels(index, len(images), *resized)
+                image = image.resize(resized, resample)
+            if do_center_crop:
+                # Black where the image is smaller, as in-tree
+                left, top = (image.width - crop_size.width) // 2, (image.height - crop_size.height) // 2
+                image = image.crop((left, top, left + crop_size.width, top + crop_size.height))
+            views.append(image)
+        self.check_equal_sizes([view.size for view in views])
+        width, height = views[0].size
+        pixel_values = np.empty((len(views), channels, height, width), dtype=np.float32)
+        for target, view, (_, white) in zip(pixel_values, views, images, strict=True):
+            values = self._grey_level_values(
+                channels, white, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            )
+            pixels = np.asarray(view).reshape(height, width, channels)
+            for channel in range(channels):
+                target[channel] = values[channel][pixels[..., channel]]
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+__all__ = ["SquareOrSlicesImageProcessorPil"]

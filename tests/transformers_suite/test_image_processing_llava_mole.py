@@ -1,0 +1,32 @@
+"""transformers' own image processor tests (`tests.*` is theirs, see prepare.py) on LLaVA-MoLE."""
+
+import unittest
+
+from tests.test_image_processing_common import ImageProcessingTester, ImageProcessingTestMixin
+from transformers.utils import is_torchvision_available
+
+from llava_family import LlavaMoleImageProcessor, LlavaMoleImageProcessorPil
+from llava_family.auto import register
+
+
+register()
+
+
+class LlavaMoleImageProcessingTester(ImageProcessingTester):
+    def __init__(self, parent, **kwargs):
+        kwargs.setdefault("size", {"shortest_edge": 20})
+        kwargs.setdefault("crop_size", {"height": 18, "width": 18})
+        super().__init__(parent, **kwargs)
+
+    def _get_image_processing_classes(self):
+        # The mixin looks in-tree models up by the name of their folder.
+        classes = {"pil": LlavaMoleImageProcessorPil}
+        return {**classes, "torchvision": LlavaMoleImageProcessor} if is_torchvision_available() else classes
+
+
+class LlavaMoleImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
+    image_processor_tester_class = LlavaMoleImageProcessingTester
+
+    @unittest.skipUnless(is_torchvision_available(), "torchvision is not installed; its backend is optional here")
+    def test_new_models_require_torchvision_backend(self):
+        super().test_new_models_require_torchvision_backend()
