@@ -334,7 +334,7 @@ def test_map_of_a_square_view(tower, strategy):
         image_expert_maps(recorder, (50, 40), image_index=3)
 
 
-def test_map_of_slices():
+def test_map_of_slices(monkeypatch):
     model = make_slices_model()
     with RoutingRecorder(model) as recorder, torch.no_grad():
         outputs = model(**slices_inputs(), output_router_logits=True)
@@ -355,9 +355,10 @@ def test_map_of_slices():
 
     plan = plan_slices(140, 112, base_size=56)
     assert (plan.rows, plan.columns) == (2, 3)
-    recorder.image_lengths = [28]
+    monkeypatch.setattr(RoutingRecorder, "image_lengths", [28])
     recorder.pathways = lambda modality: torch.arange(28)[:, None]
     maps = image_expert_maps(recorder, (140, 112))
+    monkeypatch.undo()
     assert maps["slices"][0].tolist() == [
         [0, 1, 4, 5, 8, 9],
         [2, 3, 6, 7, 10, 11],

@@ -1,4 +1,4 @@
-"""The routing figures of the MoE-LLaVA paper, and a map of the experts over an image.
+"""The routing figures of the MoE-LLaVA paper, the experts by domain of LLaVA-MoLE's, and a map of them over an image.
 
 All functions take a [`RoutingRecorder`] that has recorded something, return a matplotlib figure, and save it too where
 a `path` is given. The figures belong to no window system and to no global state of pyplot.
@@ -6,6 +6,7 @@ a `path` is given. The figures belong to no window system and to no global state
 
 import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,8 @@ HIGHLIGHTS: dict[Modality, tuple[str, str]] = {"text": ("#A63B00", "#F0904C"), "
 GREY = "#C8C8C8"
 # Curves of figure 6, as many as the released code draws
 NUM_COMPONENTS = 12
+# Panels of the figure by domain, unless layers are asked for
+NUM_DOMAIN_LAYERS = 8
 
 
 def plot_expert_loads(recorder: RoutingRecorder, path: str | os.PathLike | None = None) -> "Figure":
@@ -88,6 +91,100 @@ def plot_modality_loads(recorder: RoutingRecorder, path: str | os.PathLike | Non
     right.set_ylabel("")
     _expert_legend(figure, recorder)
     return _save(figure, path)
+
+
+def plot_domain_routing(
+    recorder: RoutingRecorder,
+    path: str | os.PathLike | None = None,
+    layers: Sequence[int] | None = None,
+    modality: Modality | None = None,
+    weights: bool = False,
+) -> "Figure":
+    """Load of every expert by domain of the data, for some layers: where bars of a layer differ, domains part.
+
+    Passes without a domain are left out.
+
+    Args:
+        recorder (`RoutingRecorder`): Which has recorded passes inside of `with recorder.domain(...)`.
+        path (`str` or `os.PathLike`, *optional*): PNG file to write.
+        layers (`Sequence[int]`, *optional*): Numbers of the text model's layers. At most eight by default, from the
+            first to the last one.
+        modality (`"image"`, `"text"` or `"padding"`, *optional*): Of all tokens but padding by default.
+        weights (`bool`, *optional*, defaults to `False`): Shows the router's mean probabilities in place of the share
+            of first choices: what experts contribute under dense routing.
+
+    Raises:
+        ValueError: if no domain was recorded, or a layer has no router.
+    """
+    domains = recorder.domains
+    if not domains:
+        raise ValueError("No domain was recorded: run the model inside of `with recorder.domain(...)`.")
+    positions = _domain_layers(recorder, layers)
+    columns = min(len(positions), 4)
+    rows = math.ceil(len(positions) / columns)
+    labels = [f"{name} ({recorder.num_tokens(modality, domain=name):,})" for name in domains]
+    width = 0.085 * max(map(len, labels)) + 2.6 * columns
+    figure = _figure((max(width, 6.0), rows * (0.42 * len(domains) + 0.55) + 0.9))
+    what = "tokens" if modality is None else f"{modality} tokens"
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for index, axes in enumerate(panels.flat):
+        if index >= len(positions):
+            axes.set_visible(False)
+            continue
+        for place, name in enumerate(domains):
+            if not recorder.num_tokens(modality, domain=name):
+                axes.text(0.5, place, "none recorded", ha="center", va="center", color="#5F5F5F")
+                continue
+            read = recorder.mean_probabilities if weights else recorder.loads
+            _draw_shares(axes, place, read(modality, domain=name)[positions[index]].numpy())
+        axes.set_title(f"Layer {recorder.layer_indices[positions[index]]}", fontsize=10)
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 0.5, 1], ["0%", "50%", "100%"])
+        axes.set_yticks(range(len(domains)), labels, parse_math=False)
+        axes.set_ylim(len(domains) - 0.5, -0.5)  # the first domain on top
+        axes.spines[["top", "right"]].set_visible(False)
+        if index + columns >= len(positions):
+            axes.set_xlabel(f"mean weight for {what}" if weights else f"share of {what}")
+            axes.tick_params(labelbottom=True)
+            for label, alignment in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
+                label.set_horizontalalignment(alignment)  # off the next panel's
+    figure.supylabel(f"domain ({what})", fontsize=10)
+    _expert_legend(figure, recorder, columns=8)
+    return _save(figure, path)
+
+
+def _domain_layers(recorder: RoutingRecorder, layers: Sequence[int] | None) -> list[int]:
+    """Positions of the chosen layers among the recorded ones."""
+    recorded = recorder.layer_indices
+    if layers is None:
+        count = min(len(recorded), NUM_DOMAIN_LAYERS)
+        return np.linspace(0, len(recorded) - 1, count).round().astype(int).tolist()
+    unknown = [layer for layer in layers if layer not in recorded]
+    if unknown or not layers:
+        raise ValueError(f"`layers` must be some of the layers with experts, {recorded}, but is {list(layers)}.")
+    return [recorded.index(layer) for layer in layers]
+
+
+def _draw_shares(axes: "Axes", place: int, shares: np.ndarray) -> None:
+    """One horizontal bar of all experts' shares, with their numbers where there is room."""
+    left = 0.0
+    for expert, share in enumerate(shares):
+        axes.barh(
+            place, share, left=left, height=0.78, color=_color(expert), hatch=_hatch(expert), edgecolor="white", lw=0.6
+        )
+        if share >= 0.13:
+            box = {"facecolor": _color(expert), "edgecolor": "none", "pad": 1} if _hatch(expert) else None
+            axes.text(
+                left + share / 2,
+                place,
+                _percent(share),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=_text_color(expert),
+                bbox=box,
+            )
+        left += share
 
 
 def plot_pathways(recorder: RoutingRecorder, path: str | os.PathLike | None = None) -> "Figure":
@@ -183,7 +280,8 @@ def image_expert_maps(
     """First-choice experts of an image's tokens in their places: maps `(layers, rows, columns)`, -1 for no token.
 
     `"view"` for the square encoding; `"overview"`, and `"slices"` where the image was cut, for the slices one. A
-    SigLIP tower with the strategy `"default"` has no token for the top left patch.
+    SigLIP tower with the strategy `"default"` has no token for the top left patch. LLaVA-MoLE's start and end of an
+    image have no place.
 
     Args:
         recorder (`RoutingRecorder`): Which has recorded the image.
@@ -193,6 +291,12 @@ def image_expert_maps(
     Raises:
         ValueError: if there is no such image, or tokens have no place in it: those of a perceiver resampler.
     """
+    config = recorder.config
+    if not hasattr(config, "vision_encoding"):
+        raise ValueError(
+            "Only image tokens of this package's families have a known place, but the model is a "
+            f"{config.model_type!r}."
+        )
     lengths = recorder.image_lengths
     if not 0 <= image_index < len(lengths):
         raise ValueError(f"`image_index` must be one of the {len(lengths)} recorded images, but is {image_index}.")
@@ -204,9 +308,11 @@ def image_expert_maps(
         )
     start = sum(lengths[:image_index])
     own = experts[:, start : start + lengths[image_index]]
-    if recorder.config.vision_encoding == "slices":
+    num_boundaries = recorder.boundary_tokens // 2
+    own = own[:, num_boundaries : own.shape[1] - num_boundaries]
+    if config.vision_encoding == "slices":
         return _sliced_maps(own, recorder, image_size)
-    return {"view": _square_map(own, recorder.config)}
+    return {"view": _square_map(own, config)}
 
 
 def _square_map(experts: np.ndarray, config: Any) -> np.ndarray:
@@ -343,6 +449,17 @@ def _hatch(expert: int) -> str:
     return HATCHES[expert // len(EXPERT_COLORS) % len(HATCHES)]
 
 
+def _text_color(expert: int) -> str:
+    """Black or white, whichever is easier to read on the expert's colour."""
+    from matplotlib.colors import to_rgb
+
+    linear = [
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in to_rgb(_color(expert))
+    ]
+    # Contrast to white and to black is equal at this luminance (WCAG 2).
+    return "black" if np.dot([0.2126, 0.7152, 0.0722], linear) > 0.179 else "white"
+
+
 def _expert_legend(figure: Any, recorder: RoutingRecorder, columns: int = 4) -> None:
     from matplotlib.patches import Patch
 
@@ -370,6 +487,7 @@ def _save(figure: "Figure", path: str | os.PathLike | None) -> "Figure":
 
 __all__ = [
     "image_expert_maps",
+    "plot_domain_routing",
     "plot_expert_loads",
     "plot_image_routing",
     "plot_modality_loads",

@@ -9,10 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import torch
 from PIL import Image
 
 from .routing import Modality, RoutingRecorder
-from .routing_plots import plot_expert_loads, plot_image_routing, plot_modality_loads, plot_pathways
+from .routing_plots import (
+    plot_domain_routing,
+    plot_expert_loads,
+    plot_image_routing,
+    plot_modality_loads,
+    plot_pathways,
+)
 
 
 if TYPE_CHECKING:
@@ -101,8 +108,9 @@ def build_routing_report(recorder: RoutingRecorder, images: Sequence[Image.Image
             "Principal components of the tokens' ways through the layers.",
             _picture(plot_pathways(recorder), "Curves: expert per layer of the principal components"),
         ),
+        *_domain_section(recorder),
         *(_image_section(recorder, image, index) for index, image in enumerate(images)),
-        _section("Numbers", "Loads in percent; entropies of the router's probabilities in nats.", _tables(recorder)),
+        _section("Numbers", _numbers_note(recorder), _tables(recorder)),
     ]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -114,6 +122,26 @@ def build_routing_report(recorder: RoutingRecorder, images: Sequence[Image.Image
 
 def _section(title: str, note: str, content: str) -> str:
     return f'<h2>{escape(title)}</h2>\n<p class="note">{escape(note)}</p>\n{content}\n'
+
+
+def _domain_section(recorder: RoutingRecorder) -> list[str]:
+    """Nothing where no domain was recorded."""
+    if not recorder.domains:
+        return []
+    note = "Share of a domain's tokens whose first choice an expert is, for some of the layers."
+    pictures = [_picture(plot_domain_routing(recorder), "Bars: load of each expert per domain and layer")]
+    if recorder.is_dense:
+        note += " Below, the mean weight that dense routing gives the experts."
+        weights = plot_domain_routing(recorder, weights=True)
+        pictures.append(_picture(weights, "Bars: mean weight of each expert per domain and layer"))
+    return [_section("Loads by domain", note, "\n".join(pictures))]
+
+
+def _numbers_note(recorder: RoutingRecorder) -> str:
+    note = "Loads in percent; entropies of the router's probabilities in nats."
+    if recorder.is_dense:
+        note += " Under dense routing all experts run: loads count first choices, and weights are mean probabilities."
+    return note
 
 
 def _image_section(recorder: RoutingRecorder, image: Image.Image, index: int) -> str:
@@ -134,22 +162,33 @@ def _picture(figure: "Figure", description: str) -> str:
 
 def _tables(recorder: RoutingRecorder) -> str:
     names: tuple[tuple[Modality | None, str], ...] = ((None, "All tokens"), ("text", "Text"), ("image", "Image"))
-    tables = []
-    for modality, title in names:
-        if not recorder.num_tokens(modality):
-            continue
-        head = "".join(f"<th>{name}</th>" for name in ("Layer", *_expert_names(recorder), "Entropy"))
-        body = "".join(
-            f"<tr><th>{layer}</th>{''.join(f'<td>{share:.1%}</td>' for share in shares)}<td>{entropy:.3f}</td></tr>\n"
-            for layer, shares, entropy in zip(
-                recorder.layer_indices,
-                recorder.loads(modality).tolist(),
-                recorder.entropies(modality).tolist(),
-                strict=True,
-            )
-        )
-        tables.append(f'<div class="scroll"><table><caption>{title}</caption><tr>{head}</tr>\n{body}</table></div>')
+    tables = [
+        _table(recorder, title, recorder.loads(name), recorder.entropies(name))
+        for name, title in names
+        if recorder.num_tokens(name)
+    ]
+    tables += [
+        _table(recorder, f"Domain {name}", recorder.loads(domain=name), recorder.entropies(domain=name))
+        for name in recorder.domains
+        if recorder.num_tokens(domain=name)
+    ]
+    if recorder.is_dense:
+        tables += [
+            _table(recorder, f"{title}: weights", recorder.mean_probabilities(name), recorder.entropies(name))
+            for name, title in names
+            if recorder.num_tokens(name)
+        ]
     return "\n".join(tables)
+
+
+def _table(recorder: RoutingRecorder, title: str, shares: torch.Tensor, entropies: torch.Tensor) -> str:
+    """Shares `(layers, experts)` and entropies `(layers,)`."""
+    head = "".join(f"<th>{name}</th>" for name in ("Layer", *_expert_names(recorder), "Entropy"))
+    body = "".join(
+        f"<tr><th>{layer}</th>{''.join(f'<td>{share:.1%}</td>' for share in row)}<td>{entropy:.3f}</td></tr>\n"
+        for layer, row, entropy in zip(recorder.layer_indices, shares.tolist(), entropies.tolist(), strict=True)
+    )
+    return f'<div class="scroll"><table><caption>{escape(title)}</caption><tr>{head}</tr>\n{body}</table></div>'
 
 
 def _expert_names(recorder: RoutingRecorder) -> list[str]:
