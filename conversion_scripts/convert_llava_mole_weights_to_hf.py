@@ -129,7 +129,10 @@ def convert_llava_mole_checkpoint(
 
     with ExitStack() as stack:
         source = CheckpointTensors()
-        trained = stack.enter_context(CheckpointReader(path.parent, path.name, ENTRY))
+        # A link that the user names is trusted. One into the Hub's cache keeps its name, which tells its format.
+        linked = path.resolve()
+        file = path if linked.parent.name == "blobs" else linked
+        trained = stack.enter_context(CheckpointReader(file.parent, file.name, ENTRY))
         source.add_checkpoint(trained, trained_names(path, trained, report))
         num_experts, rank = infer_experts(path, source.tensors, llama_config.num_hidden_layers)
         alpha = find_alpha(path, num_experts, rank, lora_alpha)

@@ -465,6 +465,20 @@ def test_special_tokens_that_the_language_model_does_not_name(tmp_path, converte
     ).read_text()
 
 
+def test_placeholder_is_the_processor_one_where_embeddings_have_rows_to_spare(tmp_path, vicuna):
+    folder = tmp_path / "vicuna"
+    shutil.copytree(VICUNA, folder, ignore=shutil.ignore_patterns("pytorch_model*"))
+    padded = {
+        name: torch.nn.functional.pad(vicuna[name], (0, 0, 0, 16))
+        for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    torch.save(vicuna | padded, folder / "pytorch_model.bin")
+    edit_json(folder / "config.json", vocab_size=576)
+    output = convert(FILES["trained"], tmp_path / "out", vicuna=folder)
+    assert AutoConfig.from_pretrained(output).image_token_id == AutoProcessor.from_pretrained(output).image_token_id
+    assert AutoConfig.from_pretrained(output).text_config.vocab_size == 576
+
+
 def test_second_name_of_embeddings_in_bfloat16(place, originals, vicuna):
     folder = place.parent / "vicuna"
     shutil.copytree(VICUNA, folder, ignore=shutil.ignore_patterns("pytorch_model*"))
@@ -858,7 +872,11 @@ def test_command_line(tmp_path, originals, capsys):
         with pytest.raises(SystemExit):
             script.main(arguments[: 2 * index] + arguments[2 * index + 2 :])
         assert f"the following arguments are required: {option}" in capsys.readouterr().err
-    for wrong, message in (([], "is not empty"), (["--routing", "top2"], "invalid choice: 'top2'")):
+    for wrong, message in (
+        ([], "is not empty"),
+        (["--routing", "top2"], "invalid choice: 'top2'"),
+        (["--lora-alpha", "much"], "invalid float value: 'much'"),
+    ):
         with pytest.raises(SystemExit) as exit_info:
             script.main([*arguments, *wrong])
         assert exit_info.value.code == 2

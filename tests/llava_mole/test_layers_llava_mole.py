@@ -43,7 +43,7 @@ def random_case(seed):
     step = draw.choice((1, 4))
     num_experts, r = draw.randint(1, 8), step * draw.randint(1, 8)
     in_features, out_features = step * draw.randint(1, 24), step * draw.randint(1, 24)
-    shape = draw.choice(((), (draw.randint(1, 3),))) + (draw.randint(1, 40),)
+    shape = (*draw.choice(((), (draw.randint(1, 3),))), draw.randint(1, 40))
     experts = random_experts(generator, num_experts, r, in_features, out_features, torch.float32)
     hidden_states = torch.randn(*shape, in_features, generator=generator)
     router_logits = torch.randn(*shape, num_experts, generator=generator)
