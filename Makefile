@@ -29,6 +29,7 @@ test-transformers: .venv/.installed
 bench: .venv/.installed
 	$(PY) benchmarks/flops.py
 	$(PY) benchmarks/moe_layer.py
+	$(PY) benchmarks/mole_step.py
 
 clean:
 	rm -rf .venv .cache build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

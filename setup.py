@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 README = Path(__file__).parent / "README.md"
 
 PLOT = ["matplotlib>=3.8"]
-TRAIN = ["accelerate>=1.1", "peft>=0.20"]
+TRAIN = ["accelerate>=1.1", "peft>=0.21"]
 
 setup(
     name="llava-family",

@@ -3,7 +3,7 @@
     python benchmarks/mole_step.py [--rounds 20] [--threads 2] [--quick] [--json]
 
 A step is forward, backward to the network's input, and AdamW on the adapters, in float32. All networks have the same
-frozen weights, and the mixtures of one size the same experts. They run in turns in one process; a ratio is the median
+frozen weights, and a mixture and its loop the same experts. They run in turns in one process; a ratio is the median
 of the ratios within each round. Exits with 1 where a claim fails.
 """
 
@@ -53,41 +53,53 @@ class Claim:
         return f"{'>=' if self.at_least else '<='} {self.limit}"
 
 
-def ours(num_experts: int) -> str:
-    return f"MoLE, {num_experts} experts"
+def ours(num_experts: int, routing: str = "top1") -> str:
+    return f"MoLE {routing}, {num_experts} experts"
 
 
-def loop(num_experts: int) -> str:
-    return f"loop over {num_experts} experts"
+def loop(num_experts: int, routing: str = "top1") -> str:
+    return f"loop {routing}, {num_experts} experts"
 
 
 CLAIMS = (
     *(Claim(ours(count), PLAIN, 1.05 if count <= 4 else 1.12) for count in NUM_EXPERTS),
-    *(Claim(loop(count), ours(count), 1.1, at_least=True) for count in NUM_EXPERTS),
+    *(
+        Claim(loop(count, routing), ours(count, routing), 1.1, at_least=True)
+        for routing in ("top1", "dense")
+        for count in NUM_EXPERTS
+    ),
 )
 
 
 class LoopOverExperts(nn.Module):
-    """Top-1 experts as the released code computes them: one after the other, each on the tokens that chose it.
+    """Experts as the released code computes them, one after the other; written anew.
 
-    Written from the description: look up the expert's tokens, gather, two products, scatter. The description leaves
-    open how; here indexing gathers, and `index_add` scatters.
+    Top-1: an expert's tokens are looked up, gathered, multiplied twice, scaled and assigned to their places. Dense:
+    all experts compute all tokens, and their stacked outputs are weighted and summed.
     """
 
-    def __init__(self, experts: MoleExperts):
+    def __init__(self, experts: MoleExperts, routing: str):
         super().__init__()
-        self.scaling = experts.scaling
+        self.scaling, self.routing = experts.scaling, routing
         self.weights_A = nn.ParameterList(weight.detach().clone() for weight in experts.weight_A)
-        self.weights_B = nn.ParameterList(weight.detach().clone() for weight in experts.weight_B)
+        # As LoRA has it: (out_features, r)
+        self.weights_B = nn.ParameterList(weight.detach().T.contiguous() for weight in experts.weight_B)
+
+    def can_group(self, hidden_states: torch.Tensor) -> bool:
+        return False
+
+    def expert(self, index: int, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens @ self.weights_A[index].T @ self.weights_B[index].T * self.scaling
 
     def forward(self, hidden_states: torch.Tensor, weights: torch.Tensor, groups: None = None) -> torch.Tensor:
-        tokens, weights = hidden_states.flatten(0, -2), weights.flatten(0, -2)
-        output = tokens.new_zeros(len(tokens), self.weights_B[0].shape[1])
-        for expert, (weight_A, weight_B) in enumerate(zip(self.weights_A, self.weights_B, strict=True)):
-            (own,) = torch.where(weights[:, expert] > 0)
-            added = nn.functional.linear(tokens[own], weight_A) @ weight_B * self.scaling
-            output = output.index_add(0, own, added)
-        return output.unflatten(0, hidden_states.shape[:-1])
+        if self.routing == "dense":
+            outputs = torch.stack([self.expert(index, hidden_states) for index in range(len(self.weights_A))], dim=2)
+            return (outputs * weights[..., None]).sum(dim=2)
+        output = hidden_states.new_zeros(*hidden_states.shape[:-1], self.weights_B[0].shape[0])
+        for index in range(len(self.weights_A)):
+            own = torch.where(weights[..., index] > 0)
+            output[own] = self.expert(index, hidden_states[own])
+        return output
 
 
 class Step(nn.Module):
@@ -134,19 +146,23 @@ def build_steps(hidden_size: int, intermediate_size: int) -> dict[str, Step]:
     plain.load_state_dict(frozen, assign=True)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(PROJECTIONS))
     networks: dict[str, nn.Module] = {PLAIN: get_peft_model(plain, config).base_model.model}
-    for count in NUM_EXPERTS:
-        mixture, by_loop = (_mixture(count, sizes, frozen, dense.act_fn) for _ in range(2))
-        by_loop.load_state_dict(mixture.state_dict(), assign=True)
-        for name in PROJECTIONS:
-            layer = getattr(by_loop, name)
-            layer.mole_experts = LoopOverExperts(layer.mole_experts)
-            layer.mole_experts.can_group = lambda hidden_states: False
-        networks |= {ours(count): mixture, loop(count): by_loop}
+    for routing in ("top1", "dense"):
+        for count in NUM_EXPERTS:
+            mixture, by_loop = (_mixture(count, routing, sizes, frozen, dense.act_fn) for _ in range(2))
+            by_loop.load_state_dict(mixture.state_dict())
+            for name in PROJECTIONS:
+                layer = getattr(by_loop, name)
+                layer.mole_experts = LoopOverExperts(layer.mole_experts, routing)
+            networks |= {ours(count, routing): mixture, loop(count, routing): by_loop}
     return {name: Step(network, hidden_size) for name, network in networks.items()}
 
 
-def _mixture(num_experts: int, sizes: dict[str, int], frozen: dict[str, torch.Tensor], act_fn: nn.Module) -> MoleMLP:
-    config = LlavaMoleTextConfig(**sizes, num_experts=num_experts, r=RANK, lora_alpha=ALPHA, lora_dropout=0.0)
+def _mixture(
+    num_experts: int, routing: str, sizes: dict[str, int], frozen: dict[str, torch.Tensor], act_fn: nn.Module
+) -> MoleMLP:
+    config = LlavaMoleTextConfig(
+        **sizes, num_experts=num_experts, r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, routing=routing
+    )
     with torch.device("meta"):
         mixture = MoleMLP(config, act_fn)
     adapters = {name: torch.empty(tensor.shape) for name, tensor in mixture.state_dict().items() if "mole_" in name}
@@ -231,7 +247,7 @@ def main() -> int:
         console = Console(width=None if sys.stdout.isatty() else 119, highlight=False)
         title = (
             f"Training step, hidden {size['hidden_size']}, inner {size['intermediate_size']}, rank {RANK}, "
-            f"{NUM_TOKENS} tokens, top 1, float32"
+            f"{NUM_TOKENS} tokens, float32"
         )
         console.print(to_table(records, title, arguments.quick))
         console.print(

@@ -36,6 +36,7 @@ _MODULES = {
     ),
     "llava_uhd.processing_llava_uhd": ("LlavaUhdProcessor",),
     "llava_uhd.slicing_llava_uhd": ("SlicePlan", "plan_slices"),
+    "mole": ("MoleConfig", "get_mole_model", "mole_from_lora_adapters"),
     "moe_llava.configuration_moe_llava": (
         "MoeLlavaConfig",
         "MoeLlavaLlamaConfig",
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
         MoeLlavaStableLmModel,
     )
     from .moe_llava.processing_moe_llava import MoeLlavaProcessor
+    from .mole import MoleConfig, get_mole_model, mole_from_lora_adapters
 
 
 def __getattr__(name: str):

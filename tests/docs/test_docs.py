@@ -17,18 +17,22 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor
 
-from llava_family import plan_slices
+from llava_family import MoleConfig, get_mole_model, plan_slices
 
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("model_cards/*.md"))]
-MODEL_CARDS = sorted(ROOT.glob("model_cards/*.md"))
+ADAPTER_CARD = ROOT / "model_cards" / "mole-adapter.md"
+MODEL_CARDS = sorted(card for card in ROOT.glob("model_cards/*.md") if card != ADAPTER_CARD)
 
 CLIP, PHOTO = "openai/clip-vit-large-patch14-336", "photo.jpg"
 CLIP_FIXTURE = "llava_uhd/clip_vision_tower"
+# LLaVA-MoLE has no release: a file of trained tensors, and the models that it belongs to.
+MOLE_GOLDEN, MOLE_FILE = "llava_mole/original_checkpoint", "llava_mole_r16_a32_e3.pt"
+VICUNA, MOLE_CONVERTED, MOLE_ADAPTER = "lmsys/vicuna-7b-v1.5", "path/to/llava-mole-7b", "path/to/mole-adapter"
 RUNNABLE, SHOWN = {"python", "bash"}, {"text", "bibtex"}
 
 
@@ -146,7 +150,15 @@ def placeholders(tmp_path_factory):
         script = ROOT / "conversion_scripts" / f"convert_{release.family}_weights_to_hf.py"
         convert = runpy.run_path(str(script))[f"convert_{release.family}_checkpoint"]
         convert(folder / release.name, folder / release.converted)
-    names = [CLIP, PHOTO, *(name for release in RELEASES for name in (release.name, release.converted))]
+    copy_folder(FIXTURES / MOLE_GOLDEN / "vicuna-7b-v1.5", folder / VICUNA)
+    shutil.copyfile(FIXTURES / MOLE_GOLDEN / MOLE_FILE, folder / MOLE_FILE)
+    script = ROOT / "conversion_scripts" / "convert_llava_mole_weights_to_hf.py"
+    convert = runpy.run_path(str(script))["convert_llava_mole_checkpoint"]
+    convert(folder / MOLE_FILE, folder / MOLE_CONVERTED, vicuna=folder / VICUNA, clip=folder / CLIP)
+    base = AutoModelForCausalLM.from_pretrained(folder / VICUNA, dtype="auto")
+    get_mole_model(base, MoleConfig()).save_pretrained(folder / MOLE_ADAPTER)
+    names = [CLIP, PHOTO, VICUNA, MOLE_FILE, MOLE_CONVERTED, MOLE_ADAPTER]
+    names += [name for release in RELEASES for name in (release.name, release.converted)]
     return {name: folder / name for name in names}
 
 
@@ -283,10 +295,12 @@ CITATION = re.compile(r"`((?:[\w/]+/)?test_\w+\.py)(?:::(\w+))?`")
 
 
 def assert_cited_test_exists(file, function):
-    family = "moe_llava" if file.endswith("_moe_llava.py") else "llava_uhd"
+    family = next((name for name in ("moe_llava", "llava_mole") if file.endswith(f"_{name}.py")), "llava_uhd")
     path = ROOT / file if "/" in file else ROOT / "tests" / family / file
     assert path.is_file(), file
-    functions = {node.name for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}
+    functions = {
+        node.name for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.FunctionDef)
+    }
     assert not function or function in functions, f"{file}::{function}"
 
 
@@ -375,6 +389,15 @@ def test_model_card_prompt(release, placeholders):
     content = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
     processor = AutoProcessor.from_pretrained(placeholders[release.converted])
     assert prompt == processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def test_adapter_card_is_a_template():
+    card = ModelCard.load(ADAPTER_CARD)
+    data = card.data.to_dict()
+    assert (data["library_name"], data["base_model"], data["base_model_relation"]) == ("peft", VICUNA, "adapter")
+    assert card.data.eval_results is None
+    # What is to be filled in stands in brackets, and no link does.
+    assert len(re.findall(r"\[[^\]]+\](?!\()", prose_of(ADAPTER_CARD))) >= 15
 
 
 def test_python_snippet_with_an_error_fails(workspace):

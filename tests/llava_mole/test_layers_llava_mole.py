@@ -1,6 +1,10 @@
 """The mixture of LoRA experts by itself: every way to compute it equals the definition, one expert after the other."""
 
 import random
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,6 +195,8 @@ def test_router_scores_in_float32():
     assert logits.dtype == torch.float32
     expected = functional.linear(hidden_states.double(), router.weight.double(), router.bias.double()).float()
     torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router.float()(hidden_states.float()), logits)
 
 
 def by_hand(logits, mask, kind):
@@ -280,3 +286,26 @@ def test_flops_beyond_plain_lora_have_a_closed_form(num_experts, grouped):
     router = 2 * tokens * hidden * num_experts * (num_experts > 1)
     extra_ranks = 3 * 2 * tokens * (hidden + intermediate) * (num_experts - 1) * r * (not grouped)
     assert beyond == router + extra_ranks
+
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "mole_step.py"
+
+
+def test_benchmark_compares_equal_steps():
+    benchmark = runpy.run_path(str(BENCHMARK))
+    steps = benchmark["build_steps"](**benchmark["QUICK_SIZE"])
+    assert len(steps) == 1 + 2 * 2 * len(benchmark["NUM_EXPERTS"])
+    for routing in ("top1", "dense"):
+        for count in benchmark["NUM_EXPERTS"]:
+            mixture, by_loop = (steps[benchmark[kind](count, routing)] for kind in ("ours", "loop"))
+            expected, actual = by_loop(), mixture()
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+            gradient = by_loop.hidden_states.grad
+            atol = 1e-5 * gradient.abs().max().item()
+            torch.testing.assert_close(mixture.hidden_states.grad, gradient, atol=atol, rtol=1e-4)
+
+
+def test_benchmark_runs():
+    command = [sys.executable, str(BENCHMARK), "--quick", "--rounds", "2", "--threads", "1", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and result.stdout.count('"ratio"') == 12, result.stderr

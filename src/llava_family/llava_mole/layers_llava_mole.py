@@ -127,7 +127,8 @@ class MoleRouter(nn.Linear):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return functional.linear(hidden_states.float(), self.weight.float(), bias)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return functional.linear(hidden_states.float(), self.weight.float(), bias)
 
 
 def check_routers_learn(router_logits: tuple[torch.Tensor, ...], routers: Iterable[MoleRouter]) -> None:

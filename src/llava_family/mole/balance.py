@@ -1,0 +1,125 @@
+"""Adds the balance loss to the loss of a model that [`get_mole_model`] adapted.
+
+Design choices:
+- The loss needs the logits of all routers, and a base model knows of none. So hooks of the base model itself open a
+  recording before its forward and close it behind: they run under `PeftModel` with every task type, under
+  transformers' own `add_adapter`, and under `generate`, where no labels are and nothing is recorded.
+- The recording is the thread's own. Routing never is: it goes from the router to the experts as an argument.
+"""
+
+import inspect
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
+
+from ..llava_mole.layers_llava_mole import balance_loss
+
+
+@dataclass
+class MoleCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of an adapted model that was given labels.
+
+    A class of its own because what wraps a model, such as DistributedDataParallel, takes outputs apart and builds them
+    again, and keeps the declared fields only.
+
+    Attributes:
+        loss (`torch.FloatTensor` of shape `()`): That of the base model plus `balance_loss_coef * balance_loss`.
+        balance_loss (`torch.FloatTensor` of shape `()`, float32): Of the tuner's experts, not yet weighted.
+        aux_loss, router_logits, image_hidden_states (*optional*): What the base model has.
+    """
+
+    balance_loss: torch.FloatTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: Any = None
+
+
+class RouterRecording:
+    """Logits of the routers of one forward pass, `(batch_size, sequence_length, num_experts)` each."""
+
+    def __init__(self) -> None:
+        self.adapter_name = ""
+        self.logits: list[torch.Tensor] = []
+        self.is_trained = False
+
+    def append(self, adapter_name: str, logits: torch.Tensor, is_trained: bool) -> None:
+        self.adapter_name, self.is_trained = adapter_name, is_trained
+        self.logits.append(logits)
+
+
+class _ThreadState(threading.local):
+    recording: RouterRecording | None = None
+
+
+# Not a ContextVar, which torch.compile cannot trace.
+STATE = _ThreadState()
+
+
+def start_recording(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook."""
+    labels = _arguments(model, args, kwargs).get("labels")
+    STATE.recording = None if labels is None else RouterRecording()
+
+
+def add_balance_loss(model: Any, args: tuple, kwargs: dict[str, Any], outputs: Any) -> Any:
+    """Forward hook. It is also called, without outputs, when the forward raised.
+
+    Raises:
+        ValueError: if gradients would not reach the routers.
+    """
+    recording, STATE.recording = STATE.recording, None
+    if outputs is None or recording is None or not recording.logits:
+        return None
+    if (
+        recording.is_trained
+        and torch.is_grad_enabled()
+        and not all(logits.requires_grad for logits in recording.logits)
+    ):
+        raise ValueError(
+            "The routers would not learn from the balance loss: reentrant gradient checkpointing keeps no graph of "
+            'what a layer computes beside its output. Use `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
+        )
+    arguments = _arguments(model, args, kwargs)
+    config = model.peft_config[recording.adapter_name]
+    counted, length = arguments.get("attention_mask"), recording.logits[0].shape[1]
+    # Other masks do not tell which tokens are padding.
+    counted = counted[:, -length:] if isinstance(counted, torch.Tensor) and counted.ndim == 2 else None
+    unweighted = balance_loss(tuple(recording.logits), counted, config.balance_loss)
+
+    loss = outputs[0]
+    unweighted = unweighted.to(loss.device)
+    # As the task's loss, gradient accumulation averages it over labels.
+    num_items, labels = arguments.get("num_items_in_batch"), arguments["labels"]
+    share = 1.0 if num_items is None else (labels[..., 1:] != -100).sum().to(loss.device) / num_items
+    loss = loss + config.balance_loss_coef * share * unweighted
+    if isinstance(outputs, tuple):
+        return (loss, *outputs[1:])
+    return _with_balance_loss(outputs, loss, unweighted, model.training)
+
+
+def _with_balance_loss(
+    outputs: ModelOutput, loss: torch.Tensor, unweighted: torch.Tensor, training: bool
+) -> ModelOutput:
+    if all(name in MoleCausalLMOutputWithPast.__dataclass_fields__ for name in outputs):
+        outputs = MoleCausalLMOutputWithPast(**outputs)
+    outputs["loss"] = loss
+    if training:
+        outputs["balance_loss"] = unweighted
+    else:
+        # An attribute, not an entry: Trainer hands all entries to `compute_metrics`, where logits alone are expected.
+        object.__setattr__(outputs, "balance_loss", unweighted)
+    return outputs
+
+
+def _arguments(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward by their names."""
+    if not args:
+        return kwargs
+    return {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+
+
+__all__ = ["MoleCausalLMOutputWithPast"]
