@@ -42,7 +42,7 @@ Routing = Literal["top1", "dense"]
 BalanceLoss = Literal["pooled", "per_layer"]
 
 # Ranks beyond those of one expert, and tokens, from which on grouped products pay; see benchmarks/mole_step.py.
-GROUPED_EXTRA_RANKS = 64
+GROUPED_EXTRA_RANKS = 32
 GROUPED_TOKENS = 256
 
 
