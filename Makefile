@@ -30,6 +30,7 @@ bench: .venv/.installed
 	$(PY) benchmarks/flops.py
 	$(PY) benchmarks/moe_layer.py
 	$(PY) benchmarks/mole_step.py
+	$(PY) benchmarks/conversion.py
 
 clean:
 	rm -rf .venv .cache build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

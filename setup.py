@@ -1,9 +1,28 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 
 README = Path(__file__).parent / "README.md"
+# `llava-family export` writes them into the repositories that it makes.
+EXPORTED_FILES = ["LICENSE", *sorted(path.as_posix() for path in Path("model_cards").glob("*.md"))]
+
+
+class BuildWithExportedFiles(build_py):
+    """Puts files of the repository's top into the package; an editable install finds them where they are."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for file in EXPORTED_FILES:
+                target = Path(self.build_lib, "llava_family", "hub", file)
+                self.mkpath(str(target.parent))
+                self.copy_file(file, str(target))
+
+    def get_source_files(self):
+        return [*super().get_source_files(), *EXPORTED_FILES]
+
 
 PLOT = ["matplotlib>=3.8"]
 TRAIN = ["accelerate>=1.1", "peft>=0.21"]
@@ -26,7 +45,8 @@ setup(
     ],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"": ["py.typed", "*.jinja"]},
+    package_data={"": ["py.typed", "*.jinja"], "llava_family.hub": ["*.md"]},
+    cmdclass={"build_py": BuildWithExportedFiles},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -65,5 +85,9 @@ setup(
             "transformers-mlinter",
         ],
     },
-    entry_points={"console_scripts": ["llava-family = llava_family.cli:main"]},
+    entry_points={
+        "console_scripts": ["llava-family = llava_family.cli:main"],
+        # Called in every process of vLLM: the engine's workers import nothing else of this package.
+        "vllm.general_plugins": ["llava_family = llava_family.vllm_plugin:register_for_vllm"],
+    },
 )

@@ -30,6 +30,24 @@ DtypeOption = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat
 DeviceOption = Annotated[str | None, typer.Option(help="Device, by default the GPU where there is one.")]
 
 
+OriginalTowerOption = Annotated[
+    str | None,
+    typer.Option(help="LLaVA-UHD, MoE-LLaVA: CLIP or SigLIP to take the vision tower from, not from the checkpoint."),
+]
+BaseOption = Annotated[
+    str | None, typer.Option(help="MoE-LLaVA: language model of a first stage's mm_projector.bin, as microsoft/phi-2.")
+]
+LoraAlphaOption = Annotated[
+    float | None, typer.Option(help="MoE-LLaVA, LLaVA-MoLE: alpha of LoRA adapters, where no file tells it.")
+]
+VicunaOption = Annotated[str | None, typer.Option(help="LLaVA-MoLE: language model that the training began with.")]
+ClipOption = Annotated[str | None, typer.Option(help="LLaVA-MoLE: CLIP that the training began with.")]
+RoutingOption = Annotated[str | None, typer.Option(help="LLaVA-MoLE: dense (the default) or top1.")]
+MergeAttentionOption = Annotated[
+    bool, typer.Option("--merge-attention-lora", help="LLaVA-MoLE: add the attention's adapters to its weights.")
+]
+
+
 @contextmanager
 def _clear_errors() -> Iterator[None]:
     """Turns what users can get wrong into one message; bugs keep their traceback."""
@@ -78,6 +96,84 @@ def routing(
         check_output_file(output, force)
         images = [_open_image(file) for file in image or []]
         _report_routing(model, prompt, images, output, vision_tower, max_new_tokens, dtype, device, force)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a checkpoint, converted or original.")],
+    output: Annotated[Path, typer.Argument(help="New folder for the repository.")],
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished folder to this Hub repository.")
+    ] = None,
+    vision_tower: VisionTowerOption = None,
+    card: Annotated[
+        str | None,
+        typer.Option(help="Name of a release's model card, or a Markdown file; by default found by itself."),
+    ] = None,
+) -> None:
+    """Write a Hub repository that holds the model's code too, for users without this package."""
+    with _clear_errors():
+        from .hub import export_model
+
+        export_model(model, output, push_to_hub, vision_tower, card, report=typer.echo)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[str, typer.Option(help="Folder, file (LLaVA-MoLE) or Hub repository of the original.")],
+    output: Annotated[Path | None, typer.Option(help="New folder for the converted checkpoint.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default the original's.")] = None,
+    vision_tower: OriginalTowerOption = None,
+    base: BaseOption = None,
+    lora_alpha: LoraAlphaOption = None,
+    vicuna: VicunaOption = None,
+    clip: ClipOption = None,
+    routing: RoutingOption = None,
+    merge_attention_lora: MergeAttentionOption = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Hub repository to upload the finished folder to.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would become of every tensor.")] = False,
+) -> None:
+    """Convert an original checkpoint of any family; interrupted, run it again to go on."""
+    from .conversion.comparing import key_report
+    from .conversion.scripting import check_options
+    from .converters.choosing import convert_checkpoint, open_checkpoint
+
+    options = {"vision_tower": vision_tower, "base": base, "lora_alpha": lora_alpha, "vicuna": vicuna, "clip": clip}
+    options |= {"routing": routing, "merge_attention_lora": merge_attention_lora, "dtype": dtype}
+    with _clear_errors():
+        if dry_run:
+            check_options(dtype, push_to_hub)
+            with open_checkpoint(checkpoint, options, typer.echo) as conversion:
+                typer.echo("\n".join(key_report(conversion)))
+        elif output is None:
+            raise ValueError("`--output` is missing: the folder for the converted checkpoint.")
+        else:
+            convert_checkpoint(checkpoint, output, options, push_to_hub, typer.echo)
+
+
+@app.command()
+def verify(
+    original: Annotated[str, typer.Argument(help="Folder, file (LLaVA-MoLE) or Hub repository of the original.")],
+    converted: Annotated[str, typer.Argument(help="Folder of the converted checkpoint.")],
+    vision_tower: OriginalTowerOption = None,
+    base: BaseOption = None,
+    lora_alpha: LoraAlphaOption = None,
+    vicuna: VicunaOption = None,
+    clip: ClipOption = None,
+    routing: RoutingOption = None,
+    merge_attention_lora: MergeAttentionOption = False,
+) -> None:
+    """Compare a converted checkpoint with its original, tensor by tensor, bit by bit; exit with 1 if they differ."""
+    from .converters.choosing import verify_checkpoint
+
+    options = {"vision_tower": vision_tower, "base": base, "lora_alpha": lora_alpha, "vicuna": vicuna, "clip": clip}
+    options |= {"routing": routing, "merge_attention_lora": merge_attention_lora}
+    with _clear_errors():
+        found = verify_checkpoint(original, converted, options, typer.echo)
+    typer.echo("\n".join(found) or "Equal: every tensor, bit by bit.")
+    if found:
+        typer.echo(f"{len(found)} tensors differ.")
+        raise typer.Exit(1)
 
 
 def _open_image(file: str):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava_family.conversion import CheckpointReader, TensorInfo, reading, resolve_checkpoint
+from llava_family.conversion import CheckpointReader, TensorInfo, reading, resolve_checkpoint, shards
 
 
 TENSORS = {
@@ -86,8 +86,8 @@ def test_one_shard_is_open_at_a_time(tmp_path, monkeypatch, layout):
 
         return Counted
 
-    monkeypatch.setattr(reading, "_SafetensorsShard", counted(reading._SafetensorsShard))
-    monkeypatch.setattr(reading, "_PickleShard", counted(reading._PickleShard))
+    monkeypatch.setattr(shards, "SafetensorsShard", counted(shards.SafetensorsShard))
+    monkeypatch.setattr(shards, "PickleShard", counted(shards.PickleShard))
     with CheckpointReader(tmp_path) as reader:
         assert not alive  # names and shapes are known, nothing is open
         for name in (*SHARDS[0], *SHARDS[1], *SHARDS[0]):
@@ -98,7 +98,7 @@ def test_one_shard_is_open_at_a_time(tmp_path, monkeypatch, layout):
 
 def test_no_values_are_read_for_names_and_shapes(tmp_path, monkeypatch):
     write_sharded(tmp_path)
-    monkeypatch.setattr(reading._SafetensorsShard, "read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(shards.SafetensorsShard, "read", lambda *_: pytest.fail("a tensor was read"))
     assert len(CheckpointReader(tmp_path).tensors) == 4
 
 

@@ -1,5 +1,6 @@
 """Writing checkpoints: complete or not at all, shard by shard, as transformers writes them."""
 
+import hashlib
 import json
 import shutil
 import weakref
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
@@ -17,6 +19,8 @@ from llava_family.conversion import (
     TensorInfo,
     atomic_folder,
     check_output_folder,
+    hashing,
+    memory,
     plan_conversion,
     write_sharded,
 )
@@ -45,6 +49,51 @@ def test_one_file_when_it_fits(tmp_path, tensors):
         assert file.metadata() == {"format": "pt"}
     written = loaded(tmp_path)
     assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+
+
+def test_file_is_that_of_safetensors(tmp_path):
+    dtypes = (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+    tensors = {f"{letter}.{dtype}": torch.ones(3, dtype=dtype) for letter in "ba" for dtype in dtypes}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "z": torch.tensor(7)}
+    write_sharded(tmp_path, steps_for(tensors), tensors.__getitem__)
+    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+
+
+def test_pieces_and_early_syncs_change_nothing(tmp_path, tensors, monkeypatch):
+    synced = []
+    monkeypatch.setattr(hashing, "WRITE_BYTES", 64)
+    monkeypatch.setattr(hashing, "SYNC_BYTES", 300)
+    monkeypatch.setattr(hashing.HashedFile, "_sync", lambda file: synced.append(file))
+    digests = []
+    steps = steps_for(tensors)
+    write_sharded(tmp_path, steps, tensors.__getitem__, on_shard=lambda shard, digest, counts: digests.append(digest))
+    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
+    written = (tmp_path / "model.safetensors").read_bytes()
+    assert written == (tmp_path / "expected").read_bytes()
+    assert digests == [hashlib.sha256(written).hexdigest()] and synced
+
+
+def test_without_glibc(tmp_path, tensors, monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", missing)
+    assert write_sharded(tmp_path, steps_for(tensors), tensors.__getitem__) == 1200
+
+
+def test_disk_that_fails_in_the_background(tmp_path, tensors, monkeypatch):
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(hashing, "SYNC_BYTES", 300)
+    monkeypatch.setattr(hashing.HashedFile, "_sync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_sharded(tmp_path, steps_for(tensors), tensors.__getitem__)
+    assert not list(tmp_path.iterdir())
 
 
 def test_written_files_are_as_readable_as_their_folder(tmp_path, tensors):
@@ -89,11 +138,11 @@ def test_tensors_larger_than_a_shard_and_outputs_that_stay_together(tmp_path):
     assert torch.equal(loaded(tmp_path)["n"], torch.arange(150.0, 300.0))
 
 
-def test_memory_holds_one_shard(tmp_path, tensors):
+def test_memory_holds_two_tensors(tmp_path, tensors):
     sources, most = [], []
 
     def read(name):
-        # Sources are released at once, and targets once their shard is written.
+        # The last one may still be hashed.
         most.append(sum(reference() is not None for reference in sources))
         tensor = tensors[name].clone()
         sources.append(weakref.ref(tensor))
@@ -101,24 +150,6 @@ def test_memory_holds_one_shard(tmp_path, tensors):
 
     write_sharded(tmp_path, steps_for(tensors), read, max_shard_bytes=400)
     assert len(most) == 6 and max(most) <= 1
-
-
-def test_targets_are_released_before_the_next_shard_is_read(tmp_path, tensors, monkeypatch):
-    from llava_family.conversion import writing
-
-    kept, save_file = [], writing.save_file
-
-    def remember(shard, *args, **kwargs):
-        kept.extend(weakref.ref(tensor) for tensor in shard.values())
-        save_file(shard, *args, **kwargs)
-
-    def read(name):
-        assert not [reference for reference in kept if reference() is not None]
-        return tensors[name]
-
-    monkeypatch.setattr(writing, "save_file", remember)
-    write_sharded(tmp_path, steps_for(tensors), read, max_shard_bytes=400)
-    assert len(kept) == 6
 
 
 def test_tensors_that_share_memory_or_are_strided(tmp_path):

@@ -224,8 +224,8 @@ def run_program(program, arguments, workspace, monkeypatch):
         exit_code = exit_request.code
     assert exit_code in (0, None)
     if output is not None:
-        # Scripts write a checkpoint's folder, commands a file.
-        assert (output / "config.json" if isinstance(program, Path) else output).is_file()
+        # A checkpoint's folder, or a report's file
+        assert (output if output.suffix == ".html" else output / "config.json").is_file()
 
 
 def run_command(words, workspace, monkeypatch):

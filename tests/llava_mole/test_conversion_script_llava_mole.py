@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from llava_family.conversion import CheckpointReader, scripting, writing
+from llava_family.converters.llava_mole_contents import find_alpha
 from llava_family.llava_mole.configuration_llava_mole import LlavaMoleConfig
 from llava_family.llava_mole.image_processing_pil_llava_mole import LlavaMoleImageProcessorPil
 from llava_family.llava_mole.modeling_llava_mole import LlavaMoleForCausalLM
@@ -66,7 +67,8 @@ def tensors_of(folder):
 
 
 def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Without the manifest, which tells what the folder was made of."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "conversion_manifest.json"}
 
 
 def assert_equal(written, expected):
@@ -508,7 +510,7 @@ def test_second_name_of_embeddings_in_bfloat16(place, originals, vicuna):
     ],
 )
 def test_alpha_is_that_of_the_name_or_the_given_one(name, given, alpha):
-    found = script.find_alpha(Path("folder_a64", name), EXPERTS, RANK, given)
+    found = find_alpha(Path("folder_a64", name), EXPERTS, RANK, given)
     assert found == alpha and type(found) is type(alpha)
 
 
@@ -836,16 +838,23 @@ def test_output_that_is_not_empty_is_refused_before_anything_else(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["weights", "processor"])
-def test_interruption_leaves_nothing(place, monkeypatch, stage):
+def test_interruption_leaves_what_a_rerun_goes_on_with(place, monkeypatch, stage, converted):
+    output = place.parent / "out"
+
     def interrupt(*args, **kwargs):
-        assert list(place.parent.glob(".out.incomplete-*"))
+        assert (output.parent / ".out.incomplete" / "conversion_manifest.json").exists()
         raise KeyboardInterrupt
 
-    owner, name = (writing, "save_file") if stage == "weights" else (LlavaMoleProcessor, "save_pretrained")
-    monkeypatch.setattr(owner, name, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        convert(FILES["trained"], place.parent / "out")
-    assert_nothing_left(place)
+    owner, name = (writing, "write_shard") if stage == "weights" else (LlavaMoleProcessor, "save_pretrained")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(FILES["trained"], place.parent / "out")
+    assert not output.exists()
+    assert (output.parent / ".out.incomplete" / "model.safetensors").exists() == (stage == "processor")
+    convert(FILES["trained"], place.parent / "out")
+    assert sorted(path.name for path in output.parent.iterdir()) == [place.name, "out"]
+    assert_equal(tensors_of(output), tensors_of(converted["trained"][0]))
 
 
 def test_push_to_hub(tmp_path, monkeypatch):

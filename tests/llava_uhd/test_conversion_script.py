@@ -110,6 +110,7 @@ def test_files(shared_release, converted):
     output = converted[0]
     assert {path.name for path in output.iterdir()} == {
         "model.safetensors",
+        "conversion_manifest.json",
         "config.json",
         "generation_config.json",
         "processor_config.json",
@@ -291,18 +292,24 @@ def test_mixed_dtypes_convert_to_a_chosen_one(release):
 
 
 @pytest.mark.parametrize("stage", ["weights", "processor"])
-def test_interruption_leaves_nothing(release, monkeypatch, stage):
+def test_interruption_leaves_what_a_rerun_goes_on_with(release, monkeypatch, stage, converted):
+    output = release.parent / "out"
+
     def interrupt(*args, **kwargs):
-        assert list(release.parent.glob(".out.incomplete-*"))
+        assert (output.parent / ".out.incomplete" / "conversion_manifest.json").exists()
         raise KeyboardInterrupt
 
-    if stage == "weights":
-        monkeypatch.setattr(writing, "save_file", interrupt)
-    else:
-        monkeypatch.setattr(script.LlavaUhdProcessor, "save_pretrained", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        script.convert_llava_uhd_checkpoint(release, release.parent / "out")
-    assert_nothing_left(release)
+    owner, name = (writing, "write_shard") if stage == "weights" else (LlavaUhdProcessor, "save_pretrained")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            script.convert_llava_uhd_checkpoint(release, release.parent / "out")
+    assert not output.exists()
+    assert (output.parent / ".out.incomplete" / "model.safetensors").exists() == (stage == "processor")
+    script.convert_llava_uhd_checkpoint(release, release.parent / "out")
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out", release.name]
+    expected = tensors_of(converted[0])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(output).items())
 
 
 def test_push_to_hub(shared_release, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, CodeGenTokenizer, GenerationConfig
 
 from llava_family.conversion import CheckpointReader, scripting, writing
+from llava_family.converters.moe_llava import set_image_token
 from llava_family.moe_llava.configuration_moe_llava import MoeLlavaConfig
 from llava_family.moe_llava.modeling_moe_llava import MoeLlavaForCausalLM
 from llava_family.moe_llava.processing_moe_llava import MoeLlavaProcessor
@@ -551,11 +552,11 @@ def test_placeholder_is_the_processor_ones(converted):
     config = MoeLlavaConfig.from_pretrained(converted["phi_clip336"][0], image_token_id=384)
     config.text_config.vocab_size = 384
     processor = MoeLlavaProcessor.from_pretrained(converted["phi_clip336"][0])
-    script.set_image_token(config, processor, Path("settings"))
+    set_image_token(config, processor, Path("settings"))
     assert config.image_token_id == processor.image_token_id == 355
     config.text_config.vocab_size = 354
     with pytest.raises(ValueError, match="in settings has 355 tokens, but .* say 354"):
-        script.set_image_token(config, processor, Path("settings"))
+        set_image_token(config, processor, Path("settings"))
 
 
 def test_options_that_do_not_apply(release):
@@ -578,16 +579,23 @@ def test_output_that_is_not_empty_is_refused_before_anything_else(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["weights", "processor"])
-def test_interruption_leaves_nothing(release, monkeypatch, stage):
+def test_interruption_leaves_what_a_rerun_goes_on_with(release, monkeypatch, stage, converted):
+    output = release.parent / "out"
+
     def interrupt(*args, **kwargs):
-        assert list(release.parent.glob(".out.incomplete-*"))
+        assert (output.parent / ".out.incomplete" / "conversion_manifest.json").exists()
         raise KeyboardInterrupt
 
-    place, name = (writing, "save_file") if stage == "weights" else (MoeLlavaProcessor, "save_pretrained")
-    monkeypatch.setattr(place, name, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        convert(release)
-    assert_nothing_left(release)
+    owner, name = (writing, "write_shard") if stage == "weights" else (MoeLlavaProcessor, "save_pretrained")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            convert(release)
+    assert not output.exists()
+    assert (output.parent / ".out.incomplete" / "model.safetensors").exists() == (stage == "processor")
+    convert(release)
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out", release.name]
+    assert_equal(tensors_of(output), tensors_of(converted["phi_clip336"][0]))
 
 
 def test_push_to_hub(release, monkeypatch):

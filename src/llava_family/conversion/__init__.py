@@ -3,7 +3,8 @@
 from .combining import CheckpointTensors, vision_tower_names
 from .lora import has_lora, merge_lora
 from .mapping import ConversionPlan, ConversionStep, plan_conversion
-from .reading import WEIGHT_FILES, CheckpointReader, TensorInfo, resolve_checkpoint
+from .reading import WEIGHT_FILES, CheckpointReader, resolve_checkpoint
+from .shards import TensorInfo
 from .writing import atomic_folder, check_output_folder, write_sharded
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .reading import CheckpointReader, TensorInfo
+from .reading import CheckpointReader
+from .shards import TensorInfo
 
 
 class CheckpointTensors:
@@ -19,33 +20,39 @@ class CheckpointTensors:
     def __init__(self) -> None:
         self.tensors: dict[str, TensorInfo] = {}
         self._reads: dict[str, Callable[[], torch.Tensor]] = {}
+        self._files: dict[str, tuple[Path, ...]] = {}
 
-    def add(self, name: str, info: TensorInfo, read: Callable[[], torch.Tensor]) -> None:
-        """Adds the tensor that `read()` returns. ValueError if there is one called `name` already."""
+    def add(self, name: str, info: TensorInfo, read: Callable[[], torch.Tensor], files: tuple[Path, ...] = ()) -> None:
+        """Adds the tensor that `read()` returns, of `files`. ValueError if there is one called `name` already."""
         if name in self.tensors:
             raise ValueError(f"There are two tensors called {name!r}. Convert a checkpoint that has it once.")
         self.tensors[name] = info
         self._reads[name] = read
+        self._files[name] = files
 
     def add_checkpoint(self, reader: CheckpointReader, names: Mapping[str, str] | None = None) -> None:
         """Adds tensors of a checkpoint; `names` maps those that are wanted to their new names, by default all stay."""
         for original, name in (names or {name: name for name in reader.tensors}).items():
-            self.add(name, reader.tensors[original], partial(reader.read, original))
+            self.add(name, reader.tensors[original], partial(reader.read, original), (reader.path_of(original),))
 
     def remove(self, names: Iterable[str]) -> None:
         """Removes tensors, all of which must be there."""
         for name in list(names):
-            del self.tensors[name], self._reads[name]
+            del self.tensors[name], self._reads[name], self._files[name]
 
     def rename(self, old: str, new: str) -> None:
         """Gives a tensor another name, which must be free."""
-        info, read = self.tensors[old], self._reads[old]
+        info, read, files = self.tensors[old], self._reads[old], self._files[old]
         self.remove([old])
-        self.add(new, info, read)
+        self.add(new, info, read, files)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor called `name`, which must be there, on the CPU."""
         return self._reads[name]()
+
+    def files_of(self, name: str) -> tuple[Path, ...]:
+        """The files that the tensor called `name` is made of."""
+        return self._files[name]
 
     def replace(
         self,
@@ -58,10 +65,12 @@ class CheckpointTensors:
 
         The `others` are used up.
         """
-        info, reads = self.tensors[name], [self._reads[part] for part in (name, *others)]
+        parts = (name, *others)
+        info, reads = self.tensors[name], [self._reads[part] for part in parts]
+        files = tuple(dict.fromkeys(file for part in parts for file in self._files[part]))
         info = TensorInfo(info.shape, dtype or info.dtype)
-        self.remove([name, *others])
-        self.add(name, info, lambda: compute(*(read() for read in reads)))
+        self.remove(parts)
+        self.add(name, info, lambda: compute(*(read() for read in reads)), files)
 
     def replace_vision_tower(self, tower: CheckpointReader, prefix: str) -> None:
         """Puts the tower of a CLIP or SigLIP checkpoint, `vision_model.*`, in the place of all that begins so."""

@@ -4,7 +4,8 @@ Design choices:
 - Keys are renamed, and tensors converted, by transformers' own transforms, so that a converted checkpoint equals one
   that `from_pretrained` converts while it loads.
 - The plan runs every transform on meta tensors. That gives names, shapes and dtypes of its outputs for any operation.
-- Strict where the loader is lenient: it initialises a missing parameter and skips an unexpected tensor with a warning.
+- Strict where the loader is lenient: it initialises a missing parameter, skips an unexpected tensor with a warning and
+  casts integers and complex numbers to weights.
 """
 
 import re
@@ -23,7 +24,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .reading import TensorInfo
+from .shards import TensorInfo
+
+
+# Of a model's weights. What is quantized to less needs its scales, which a cast would silently leave out.
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class ConversionPlan:
 def plan_conversion(
     tensors: Mapping[str, TensorInfo],
     transforms: Sequence[WeightTransform],
-    expected: Mapping[str, Sequence[int]],
+    expected: Mapping[str, Sequence[int] | TensorInfo],
     ignored: Mapping[str, str] | None = None,
     model: PreTrainedModel | None = None,
 ) -> ConversionPlan:
@@ -68,14 +73,18 @@ def plan_conversion(
     Args:
         tensors (`Mapping[str, TensorInfo]`): The source tensors, in the order in which they are best read.
         transforms (`Sequence[WeightTransform]`): Every matching renaming applies, then the first matching converter.
-        expected (`Mapping[str, Sequence[int]]`): Name and shape of every tensor that must come out.
+        expected (`Mapping[str, Sequence[int] | TensorInfo]`): Name and shape of every tensor that must come out. With
+            a `TensorInfo`, sources of floating point weights must be of one of `WEIGHT_DTYPES`, and all others of
+            just the dtype that it says.
         ignored (`Mapping[str, str]`, *optional*): Reasons by regular expression, searched for in the names of sources
             that no expected tensor needs.
         model (`PreTrainedModel`, *optional*): Passed to operations, for those that look shapes up in it.
 
     Raises:
-        ValueError: if a target is missing, made twice or of another shape, or a source is left over.
+        ValueError: if a target is missing, made twice or of another shape or kind of dtype, or a source is left over.
     """
+    wanted = {name: info for name, info in expected.items() if isinstance(info, TensorInfo)}
+    expected = {name: info.shape if isinstance(info, TensorInfo) else info for name, info in expected.items()}
     collected, left_over, problems = _collect(tensors, transforms, expected)
     reasons = {name: _reason(name, ignored or {}) for name in left_over}
     steps, failures = [], []
@@ -93,6 +102,7 @@ def plan_conversion(
             "source tensors without a target": [name for name, reason in reasons.items() if reason is None],
             "source tensors for a target that another one makes": problems,
             "target tensors of another shape or name than expected": _mismatched(expected, steps),
+            "source tensors of another kind of dtype than expected": _wrong_dtypes(tensors, wanted, steps),
             "failed conversions": failures,
         }
     )
@@ -161,6 +171,17 @@ def _mismatched(expected, steps: list[ConversionStep]) -> list[str]:
             elif info.shape != wanted:
                 mismatched.append(f"{name} from {_names(step)} has shape {info.shape}, expected {wanted}")
     return mismatched
+
+
+def _wrong_dtypes(tensors: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo], steps) -> list[str]:
+    wrong = []
+    for step in steps:
+        for info in (wanted[name] for name in step.outputs if name in wanted):
+            allowed = WEIGHT_DTYPES if info.dtype.is_floating_point else (info.dtype,)
+            for name in [name for _, name in step.sources if tensors[name].dtype not in allowed]:
+                dtypes = " or ".join(str(dtype) for dtype in allowed)
+                wrong.append(f"{name} for {step.target} has dtype {tensors[name].dtype}, expected {dtypes}")
+    return list(dict.fromkeys(wrong))
 
 
 def _raise_if_any(problems: Mapping[str, list[str]], limit: int = 10):

@@ -6,18 +6,15 @@ Design choices:
 - Names, shapes and dtypes come from the files' headers. Values are read one tensor at a time, with one shard open.
 """
 
-import json
-import math
 import os
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers.core_model_loading import dot_natural_key
-from transformers.modeling_utils import str_to_torch_dtype
+
+from .checking import checked_path, read_json, some_names
+from .shards import PickleShard, SafetensorsShard, TensorInfo, open_shard
 
 
 # In the order of preference: transformers' own.
@@ -29,27 +26,12 @@ WEIGHT_FILES = (
 )
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """What is known of a tensor without its values."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_parameters(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.num_parameters * self.dtype.itemsize
-
-
 class CheckpointReader:
     """The tensors of a checkpoint folder. At most one of its shards is open at a time.
 
     Attributes:
         tensors (`dict[str, TensorInfo]`): Every tensor's shape and dtype, shard by shard.
+        files (`list[str]`): The files that they are read from, and the index, if there is one.
 
     Args:
         folder (`str` or `os.PathLike`): The checkpoint.
@@ -68,10 +50,11 @@ class CheckpointReader:
             kind = "a file" if self.folder.exists() else "missing"
             raise FileNotFoundError(f"The checkpoint must be a folder, but {self.folder} is {kind}.")
         self.tensors: dict[str, TensorInfo] = {}
+        self.files: list[str] = []
         self._entry = entry
         self._file_of: dict[str, str] = {}
         self._open_file: str | None = None
-        self._shard: _SafetensorsShard | _PickleShard | None = None
+        self._shard: SafetensorsShard | PickleShard | None = None
         found = [file] if file else [name for name in WEIGHT_FILES if os.path.lexists(self.folder / name)]
         if not found:
             raise ValueError(
@@ -92,6 +75,10 @@ class CheckpointReader:
             raise ValueError(f"The checkpoint {self.folder} has no tensor {name!r}.")
         return self._open(self._file_of[name]).read(name)
 
+    def path_of(self, name: str) -> Path:
+        """The file of the tensor called `name`, which must be there."""
+        return self.folder / self._file_of[name]
+
     def close(self):
         """Closes the open shard, if one is open. Reading opens it again."""
         self._shard = self._open_file = None
@@ -102,143 +89,55 @@ class CheckpointReader:
     def __exit__(self, *exception):
         self.close()
 
-    def _open(self, file: str) -> "_SafetensorsShard | _PickleShard":
+    def _open(self, file: str) -> "SafetensorsShard | PickleShard":
         if self._shard is None or file != self._open_file:
             self.close()  # before the next one opens, not after
-            self._shard = _open_shard(_checked_path(self.folder, file), self._entry)
+            self._shard = open_shard(checked_path(self.folder, file), self._entry)
             self._open_file = file
         return self._shard
 
     def _scan_shard(self, file: str):
         infos = self._open(file).infos()
+        self.files.append(file)
         for name in sorted(infos, key=dot_natural_key):
             self.tensors[name] = infos[name]
             self._file_of[name] = file
 
     def _scan_index(self, index_name: str):
-        index_path = _checked_path(self.folder, index_name)
+        index_path = checked_path(self.folder, index_name)
         weight_map = _read_weight_map(index_path)
         files = sorted(set(weight_map.values()))
         for file in files:
-            _checked_path(self.folder, file, named_in=index_path)
+            checked_path(self.folder, file, named_in=index_path)
+            # Of safetensors the user expects that nothing is unpickled, however safely.
+            if index_name.startswith("model.safetensors") != file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{index_path} names the file {file!r}, expected "
+                    f"{'safetensors' if index_name.startswith('model.safetensors') else 'torch files'} alone. "
+                    "Do not trust this checkpoint."
+                )
+        self.files.append(index_name)
+        promised_by: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            promised_by.setdefault(file, set()).add(name)
         for file in files:
-            promised = {name for name, place in weight_map.items() if place == file}
+            promised = promised_by[file]
             held = set(self._open(file).infos())
             if promised != held:
                 raise ValueError(
-                    f"{index_path} and {self.folder / file} do not belong together: {_some(promised - held)} named in "
-                    f"the index but not in the shard, {_some(held - promised)} in the shard but not named there. "
-                    "Download both again."
+                    f"{index_path} and {self.folder / file} do not belong together: {some_names(promised - held)} "
+                    f"named in the index but not in the shard, {some_names(held - promised)} in the shard but not "
+                    "named there. Download both again."
                 )
             self._scan_shard(file)
 
 
-class _SafetensorsShard:
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} must be a complete safetensors file, but cannot be opened: {error}. Download it again."
-            ) from error
-
-    def infos(self) -> dict[str, TensorInfo]:
-        infos = {}
-        for name in self.file.keys():  # noqa: SIM118 -- no dict, and cannot be iterated
-            header = self.file.get_slice(name)
-            if header.get_dtype() not in str_to_torch_dtype:
-                raise ValueError(
-                    f"Tensor {name!r} of {self.path} has dtype {header.get_dtype()}, expected one of "
-                    f"{', '.join(str_to_torch_dtype)}."
-                )
-            infos[name] = TensorInfo(tuple(header.get_shape()), str_to_torch_dtype[header.get_dtype()])
-        return infos
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.file.get_tensor(name)
-
-
-class _PickleShard:
-    def __init__(self, path: Path, entry: str | None = None):
-        # Files older than torch 1.6 are no archives and cannot be mapped, only read as a whole.
-        mmap = zipfile.is_zipfile(path)
-        try:
-            state_dict = torch.load(path, weights_only=True, mmap=mmap, map_location="cpu")
-        except Exception as error:  # a damaged or malicious pickle can raise anything
-            raise ValueError(
-                f"{path} must be a complete torch file of plain tensors, but was refused: {error}. If it is damaged, "
-                "download it again. If it holds other Python objects, it may run code when loaded: convert it to "
-                "safetensors where you trust it."
-            ) from error
-        if entry is not None:
-            if not isinstance(state_dict, dict) or entry not in state_dict:
-                found = list(state_dict)[:5] if isinstance(state_dict, dict) else _kinds(state_dict)
-                raise ValueError(f"{path} must hold a dictionary with tensors under {entry!r}, but holds {found}.")
-            state_dict = state_dict[entry]
-        entries = state_dict.items() if isinstance(state_dict, dict) else ()
-        if not entries or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in entries):
-            raise ValueError(f"{path} must hold a dictionary of tensors by name, but holds {_kinds(state_dict)}.")
-        self.state_dict = state_dict
-
-    def infos(self) -> dict[str, TensorInfo]:
-        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self.state_dict.items()}
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.state_dict[name].detach()
-
-
-def _open_shard(path: Path, entry: str | None = None) -> _SafetensorsShard | _PickleShard:
-    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _PickleShard(path, entry)
-
-
-def _checked_path(folder: Path, file: str, named_in: Path | None = None) -> Path:
-    """The path of a file inside `folder`; ValueError if `file` is no plain name, missing or leads elsewhere."""
-    source = f"{named_in} names the file {file!r}" if named_in else f"The checkpoint {folder} has the file {file!r}"
-    if file != os.path.basename(file) or "\\" in file or file in ("", ".", ".."):
-        raise ValueError(f"{source}, expected a plain file name inside the folder. Do not trust this checkpoint.")
-    path = folder / file
-    if not path.is_file():
-        raise ValueError(f"{source}, but there is no such file. Download the checkpoint again, completely.")
-    root = folder.resolve()
-    # The Hub's cache keeps files as `blobs/<hash>` and links to them from `snapshots/<revision>`.
-    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    if not any(path.resolve().is_relative_to(place) for place in allowed):
-        raise ValueError(
-            f"{source}, but it is a link to {path.resolve()}, outside the folder. If you trust that file, move or "
-            "copy it here."
-        )
-    return path
-
-
 def _read_weight_map(path: Path) -> dict[str, str]:
-    def unique(pairs):
-        if len(dict(pairs)) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"{_some({name for name in names if names.count(name) > 1})} named more than once")
-        return dict(pairs)
-
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} must be a checkpoint's JSON index, but is not: {error}. Download it again."
-        ) from error
+    index = read_json(path, "a checkpoint's JSON index")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{path} must have a `weight_map` from tensor names to file names. Download it again.")
     return weight_map
-
-
-def _some(names: set[str], limit: int = 5) -> str:
-    shown = sorted(names)[:limit]
-    return f"{len(names)} tensors" + (f" ({', '.join(shown)}{', ...' if len(names) > limit else ''})" if shown else "")
-
-
-def _kinds(value) -> str:
-    if not isinstance(value, dict):
-        return f"a {type(value).__name__}"
-    return f"a dictionary of {', '.join(sorted({type(entry).__name__ for entry in value.values()})) or 'nothing'}"
 
 
 def resolve_checkpoint(name_or_path: str | os.PathLike, patterns: list[str]) -> Path:

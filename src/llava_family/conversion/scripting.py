@@ -1,25 +1,32 @@
 """What the conversion scripts of all families share: options, errors, the last steps."""
 
 import argparse
-import json
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import create_repo, upload_folder
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightTransform
 
-from .mapping import ConversionPlan
-from .reading import WEIGHT_FILES
-from .writing import atomic_folder, write_sharded
+from .checking import read_json, settings_files
+from .combining import CheckpointTensors
+from .mapping import ConversionPlan, plan_conversion
+from .reading import WEIGHT_FILES, CheckpointReader
+from .shards import TensorInfo
 
 
 WEIGHT_PATTERNS = ["model*.safetensors", "pytorch_model*.bin", "*.index.json"]
 VISION_TOWER_PATTERNS = [*WEIGHT_PATTERNS, "config.json", "preprocessor_config.json"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Of layers or experts. More are a mistake, or an attack.
+MAX_COUNT = 10_000
 
 
 def check_options(dtype: str | None, push_to_hub: str | None) -> None:
@@ -33,13 +40,47 @@ def check_options(dtype: str | None, push_to_hub: str | None) -> None:
 def read_original_config(folder: Path, kind: str) -> dict[str, Any]:
     """The `config.json` in `folder`; ValueError if there is none, so that it is no release of `kind`."""
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ValueError(f"The checkpoint must be a {kind} release, but {folder} has no config.json.")
+    settings_files(folder)
+    config = read_json(path, "a configuration")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must be a configuration, but holds a {type(config).__name__}. Download it again.")
+    if not isinstance(config.get("model_type"), str | None):
+        raise ValueError(f"{path} must have a name as `model_type`, but has {config['model_type']!r:.100}.")
+    check_counts(config, path, MAX_COUNT)
+    return config
+
+
+def check_counts(config: Any, place: object, limit: int) -> None:
+    """ValueError if a configuration claims more than `limit` layers or experts: building them would never end."""
+    entries = config.items() if isinstance(config, dict) else ()
+    for key, value in entries:
+        check_counts(value, place, limit)
+        counts = value if isinstance(value, list) else [value]
+        if isinstance(key, str) and re.fullmatch(r"(num|n)_(\w*_)?(layers?|experts)|depth|top_k_experts", key):
+            for count in counts:
+                if count is not None and (not isinstance(count, int) or not 0 <= count <= limit):
+                    raise ValueError(
+                        f"{place} has {count!r} as `{key}`, expected a whole number from 0 to {limit}. Check that the "
+                        "configuration is the checkpoint's own."
+                    )
+
+
+@contextmanager
+def settings_of(*folders: Path | None) -> Iterator[None]:
+    """Turns whatever the settings, in files of `folders`, make transformers raise into one ValueError."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be a configuration, but is no JSON: {error}. Download it again.") from error
-    return config if isinstance(config, dict) else {}
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # wrong types surface anywhere, as anything
+        places = " and ".join(f" in {folder}" for folder in folders if folder is not None)
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"The configuration, tokenizer or image processor{places} cannot be used: {message[:1000]}. Check that "
+            "the files are the checkpoint's own and complete."
+        ) from error
 
 
 def is_first_stage(folder: Path) -> bool:
@@ -52,36 +93,53 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
-def write_checkpoint(
-    output: Path,
-    plan: ConversionPlan,
-    read: Callable[[str], torch.Tensor],
-    dtype: torch.dtype,
-    parts: Sequence[Any],
-    push_to_hub: str | None,
-    report: Callable[[str], None],
-) -> None:
-    """Writes the weights and whatever else the checkpoint consists of, and uploads it.
+def plan_for_model(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    tensors: Mapping[str, TensorInfo],
+    transforms: Sequence[WeightTransform],
+    ignored: Mapping[str, str] | None = None,
+) -> ConversionPlan:
+    """How `tensors` become the model of `config`; ValueError unless they are exactly its own.
 
-    Args:
-        output (`Path`): Folder, which appears only when it is complete.
-        plan (`ConversionPlan`): How the weights are made.
-        read (`Callable`): Returns the source tensor of a name.
-        dtype (`torch.dtype`): Of all floating point weights.
-        parts (`Sequence`): Configurations and processors, anything with `save_pretrained`.
-        push_to_hub (`str`, *optional*): Hub repository to upload to.
-        report (`Callable[[str], None]`): Receives what was done, line by line.
+    See [`plan_conversion`] for `transforms` and `ignored`.
     """
-    for reason, count in Counter(plan.ignored.values()).items():
-        report(f"Left out: {count} tensors, {reason}.")
-    with atomic_folder(output) as incomplete:
-        num_bytes = write_sharded(incomplete, plan.steps, read, dtype=dtype)
-        for part in parts:
-            part.save_pretrained(incomplete)
-    report(f"Wrote {num_bytes / 1e6:,.0f} MB in {str(dtype)[6:]}, to {output}.")
-    if push_to_hub is not None:
-        upload(output, push_to_hub)
-        report(f"Uploaded to https://huggingface.co/{push_to_hub}.")
+    # None of them is without a tensor.
+    check_counts(config.to_dict(), "The configuration", len(tensors))
+    with settings_of(), torch.device("meta"):
+        model = model_class(config)
+    expected = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    return plan_conversion(tensors, transforms, expected, ignored, model)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A checkpoint that is open and planned, but not converted yet.
+
+    Attributes:
+        family (`str`): Its model type.
+        options (`Mapping[str, Any]`): All that the written bytes depend on beside files, as JSON has it.
+        sources (`Sequence[tuple[str, Path]]`): The files that it is made of, each with the role of its checkpoint.
+        source (`CheckpointTensors`): Their tensors.
+        plan (`ConversionPlan`): What becomes of these.
+        dtype (`torch.dtype`): Of all floating point weights that come out.
+        parts (`Sequence`): Configurations and processors, anything with `save_pretrained`.
+    """
+
+    family: str
+    options: Mapping[str, Any]
+    sources: Sequence[tuple[str, Path]]
+    source: CheckpointTensors
+    plan: ConversionPlan
+    dtype: torch.dtype
+    parts: Sequence[Any]
+
+
+def source_files(role: str, folder: Path, reader: CheckpointReader) -> list[tuple[str, Path]]:
+    """The files of a checkpoint's folder that matter, in the order of a conversion: settings, then weights."""
+    paths = [path for path in settings_files(folder) if path.name not in reader.files]
+    paths += [reader.folder / file for file in reader.files]
+    return [(role, path) for path in paths]
 
 
 def upload(folder: Path, repo_id: str) -> None:

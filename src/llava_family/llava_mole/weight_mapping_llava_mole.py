@@ -18,11 +18,24 @@ and a vision tower lie apart. So these transforms serve the conversion script, w
 does.
 """
 
-from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter, WeightRenaming
+import torch
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+)
+
+from ..llava_uhd.weight_mapping_llava_uhd import OriginalLayout
+from .configuration_llava_mole import ATTENTION_PROJECTIONS, LlavaMoleTextConfig
 
 
 LANGUAGE_MODEL = "llm_model.base_model.model."
 VISION_TOWER = "vit.vision_tower."
+TEXT_EMBEDDINGS = "in_adaptor.text_embed.weight"
 PROJECTIONS = {"moe_gate": "gate_proj", "moe_up": "up_proj", "moe_down": "down_proj"}
 
 # Reasons by pattern
@@ -49,6 +62,11 @@ def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
         WeightRenaming(r"^in_adaptor\.projector\.0\.", "model.multi_modal_projector.linear_1."),
         WeightRenaming(r"^in_adaptor\.projector\.2\.", "model.multi_modal_projector.linear_2."),
     ]
+    return [*renamings, *_packed_adapters()]
+
+
+def _packed_adapters() -> list[WeightConverter]:
+    """Experts and the attention's adapters, which are packed as mixtures of one."""
     converters = []
     for original, native in PROJECTIONS.items():
         target = f"mlp.{native}.mole_experts.weight_"
@@ -56,13 +74,66 @@ def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
         converters.append(
             WeightConverter(f"mlp.{original}.*.lora_B", f"{target}B", [MergeModulelist(dim=0), Transpose(1, 2)])
         )
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    for name in ATTENTION_PROJECTIONS:
         lora, target = f"self_attn.{name}.lora_", f"self_attn.{name}.mole_experts.weight_"
         converters.append(WeightConverter(f"{lora}A.default.weight", f"{target}A", [MergeModulelist(dim=0)]))
         converters.append(
             WeightConverter(f"{lora}B.default.weight", f"{target}B", [MergeModulelist(dim=0), Transpose(1, 2)])
         )
-    return [*renamings, *converters]
+    return converters
 
 
-__all__ = ["UNUSED_ORIGINAL_WEIGHTS", "original_weight_mapping"]
+class NameTwice(ConversionOps):
+    """Gives a tensor two names."""
+
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, **kwargs):
+        tensors = next(iter(input_dict.values()))
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        return dict.fromkeys(target_patterns, tensor)
+
+
+def original_layout(config: PreTrainedConfig) -> OriginalLayout:
+    """The way back. ValueError if the original code has no such model.
+
+    Where the attention's adapters are merged, the names are as if there were some: the original would not know others,
+    and without adapters in the file it makes ones that add nothing.
+    """
+    text_type = config.text_config.model_type
+    if text_type != LlavaMoleTextConfig.model_type or config.vision_encoding != "square":
+        raise ValueError(
+            f"The original LLaVA-MoLE has a text model as {LlavaMoleTextConfig.model_type!r} and square images, but "
+            f"this model has {text_type!r} and {config.vision_encoding!r}: there is no layout to write it in."
+        )
+    renamings = [
+        WeightRenaming(r"^lm_head\.", f"{LANGUAGE_MODEL}lm_head."),
+        WeightRenaming(r"^model\.language_model\.", f"{LANGUAGE_MODEL}model."),
+        WeightRenaming(r"^model\.vision_tower\.", f"{VISION_TOWER}vision_model."),
+        WeightRenaming(r"^model\.image_boundaries\.start", "in_adaptor.visual_start_token"),
+        WeightRenaming(r"^model\.image_boundaries\.end", "in_adaptor.visual_end_token"),
+        WeightRenaming(r"^model\.multi_modal_projector\.linear_1\.", "in_adaptor.projector.0."),
+        WeightRenaming(r"^model\.multi_modal_projector\.linear_2\.", "in_adaptor.projector.2."),
+        WeightRenaming(r"\.mlp\.mole_router\.", ".mlp.router."),
+        *(
+            WeightRenaming(rf"\.mlp\.{name}\.(weight|bias)$", rf".mlp.original_module.{name}.\1")
+            for name in PROJECTIONS.values()
+        ),
+        # Not that of the vision tower, `encoder.layers`
+        *(
+            WeightRenaming(
+                rf"model\.layers\.(\d+\.self_attn\.{name})\.(?!mole_experts)", r"model.layers.\1.base_layer."
+            )
+            for name in ATTENTION_PROJECTIONS
+        ),
+    ]
+    embeddings = f"{LANGUAGE_MODEL}model.embed_tokens.weight"
+    transforms: list[WeightTransform] = [
+        *renamings,
+        WeightConverter(embeddings, [embeddings, TEXT_EMBEDDINGS], [NameTwice()]),
+        *(converter.reverse_transform() for converter in _packed_adapters()),
+    ]
+    unused = {pattern: reason for pattern, reason in UNUSED_ORIGINAL_WEIGHTS.items() if "text_embed" not in pattern}
+    return OriginalLayout(transforms, unused, entry="state_dict")
+
+
+__all__ = ["UNUSED_ORIGINAL_WEIGHTS", "original_layout", "original_weight_mapping"]

@@ -13,9 +13,26 @@
 # limitations under the License.
 """Which tensor of an original checkpoint becomes which parameter; shared by direct loading and conversion."""
 
-from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming
+from typing import NamedTuple
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter, WeightRenaming, WeightTransform
 
 from .configuration_llava_uhd import LlavaUhdVisionConfig
+
+
+class OriginalLayout(NamedTuple):
+    """How a family's original code keeps the weights of one model.
+
+    Attributes:
+        transforms (`list[WeightTransform]`): From native tensors to the original's.
+        unused (`dict[str, str]`): Why an original may have tensors without a parameter, by regular expression.
+        entry (`str`, *optional*): Where the original is one torch file, the key of its tensors. None for a folder.
+    """
+
+    transforms: list[WeightTransform]
+    unused: dict[str, str]
+    entry: str | None = None
 
 
 def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
@@ -54,4 +71,15 @@ def unused_original_weights(config: LlavaUhdVisionConfig) -> dict[str, str]:
     }
 
 
-__all__ = ["original_weight_mapping", "unused_original_weights"]
+def original_layout(config: PreTrainedConfig) -> OriginalLayout:
+    """The way back. ValueError if the original code has no such model."""
+    if config.text_config.model_type != "llama" or config.resampler_type != "spatial":
+        raise ValueError(
+            "The original LLaVA-UHD has a `llama` text model and a `spatial` resampler, but this model has "
+            f"{config.text_config.model_type!r} and {config.resampler_type!r}: there is no layout to write it in."
+        )
+    transforms = [transform.reverse_transform() for transform in original_weight_mapping()]
+    return OriginalLayout(transforms, unused_original_weights(config.vision_config))
+
+
+__all__ = ["OriginalLayout", "original_layout", "original_weight_mapping", "unused_original_weights"]

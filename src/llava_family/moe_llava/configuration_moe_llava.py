@@ -181,7 +181,7 @@ class MoeLlavaStableLmConfig(SparseTextConfigMixin, StableLmConfig):
 
     model_type = "moe_llava_stablelm_text"
     base_config_key = "text_config"
-    # In-tree StableLM has no plan. Its attention is written for all heads, so these are gathered.
+    # In-tree StableLM has no plans. Its attention is written for all heads, so these are gathered.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise_gather_output",
         "layers.*.self_attn.k_proj": "colwise_gather_output",
@@ -192,6 +192,7 @@ class MoeLlavaStableLmConfig(SparseTextConfigMixin, StableLmConfig):
         "layers.*.mlp.down_proj": "rowwise",
         **EXPERTS_TP_PLAN,
     }
+    base_model_pp_plan = LlamaConfig.base_model_pp_plan
 
 
 @auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")

@@ -39,7 +39,7 @@ from transformers.models.llama.modeling_llama import LlamaModel  # trf-ignore: T
 from transformers.models.mistral.modeling_mistral import MistralModel  # trf-ignore: TRF009
 from transformers.models.phi.modeling_phi import PhiModel  # trf-ignore: TRF009
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model  # trf-ignore: TRF009
-from transformers.models.stablelm.modeling_stablelm import StableLmModel  # trf-ignore: TRF009
+from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer, StableLmModel  # trf-ignore: TRF009
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -339,14 +339,33 @@ class MoeLlavaPhiModel(SparseTextModelMixin, PhiModel):
     _can_record_outputs = {**PhiModel._can_record_outputs, "router_logits": OutputRecorder(MoeLlavaRouter, index=0)}
 
 
+class MoeLlavaStableLmDecoderLayer(StableLmDecoderLayer):
+    """The in-tree layer, but with its attention given all that an attention backend passes through the model."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        normalised = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(normalised, **kwargs)
+        # CODEPATH: StableLM-2-1.6B, of all releases, is sequential; StableLM-2-12B is parallel
+        if self.use_parallel_residual:
+            return hidden_states + attended + self.dropout(self.mlp(normalised))
+        hidden_states = hidden_states + attended
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
 @auto_docstring
 class MoeLlavaStableLmModel(SparseTextModelMixin, StableLmModel):
     config: MoeLlavaStableLmConfig
     _supports_attention_backend = True
+    _no_split_modules = ["MoeLlavaStableLmDecoderLayer"]
     _can_record_outputs = {
         **StableLmModel._can_record_outputs,
         "router_logits": OutputRecorder(MoeLlavaRouter, index=0),
     }
+
+    def __init__(self, config: MoeLlavaStableLmConfig):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.__class__ = MoeLlavaStableLmDecoderLayer
 
 
 @auto_docstring

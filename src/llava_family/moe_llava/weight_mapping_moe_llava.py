@@ -18,6 +18,7 @@ of the patterns matches but those of the vocabulary, which then stays as it is.
 """
 
 import torch
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
@@ -25,14 +26,18 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
 )
+
+from ..llava_uhd.weight_mapping_llava_uhd import OriginalLayout
+from .configuration_moe_llava import ORIGINAL_BACKBONES
 
 
 class KeepVocabulary(ConversionOps):
     """Keeps the rows of the text model's vocabulary.
 
     Releases have rows for more tokens than their tokenizers, never trained, and the original cuts them off when it
-    loads. There is no way back: models are always saved natively.
+    loads. There is no way back from a model alone, and models are always saved natively.
     """
 
     @torch.no_grad()
@@ -44,6 +49,12 @@ class KeepVocabulary(ConversionOps):
 
 EXPERTS = "mlp.deepspeed_moe.experts.deepspeed_experts.*."
 
+# Reasons by pattern
+UNUSED_ORIGINAL_WEIGHTS = {
+    r"embeddings\.position_ids$": "a constant that older checkpoints store",
+    r"rotary_emb\.inv_freq$": "a constant that older checkpoints store",
+}
+
 
 def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
     """The transforms from an original checkpoint, sparse or dense, to a native one."""
@@ -54,19 +65,36 @@ def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
             "language_model.embed_tokens.weight", "language_model.embed_tokens.weight", [KeepVocabulary()]
         ),
         WeightConverter("lm_head.weight", "lm_head.weight", [KeepVocabulary()]),
-        *(
-            WeightConverter(
-                f"self_attn.c_attn.{kind}", [f"self_attn.{name}_proj.{kind}" for name in "qkv"], [Chunk(dim=0)]
-            )
-            for kind in ("weight", "bias")
-        ),
+        *_packed_attention("self_attn"),
+        *_packed_experts("gate_proj", "up_proj", "down_proj"),
+        *_packed_phi_experts(),
+    ]
+
+
+def _packed_attention(attention: str) -> list[WeightConverter]:
+    """Qwen-1's one projection to the three of `attention`."""
+    return [
         WeightConverter(
-            [f"{EXPERTS}gate_proj.weight", f"{EXPERTS}up_proj.weight"],
+            f"{attention}.c_attn.{kind}", [f"{attention}.{name}_proj.{kind}" for name in "qkv"], [Chunk(dim=0)]
+        )
+        for kind in ("weight", "bias")
+    ]
+
+
+def _packed_experts(gate: str, up: str, down: str) -> list[WeightConverter]:
+    return [
+        WeightConverter(
+            [f"{EXPERTS}{gate}.weight", f"{EXPERTS}{up}.weight"],
             "mlp.experts.gate_up_proj",
             [MergeModulelist(dim=0), Concatenate(dim=1)],
         ),
-        WeightConverter(f"{EXPERTS}down_proj.weight", "mlp.experts.down_proj", [MergeModulelist(dim=0)]),
-        # Phi's network has no gate, but biases.
+        WeightConverter(f"{EXPERTS}{down}.weight", "mlp.experts.down_proj", [MergeModulelist(dim=0)]),
+    ]
+
+
+def _packed_phi_experts() -> list[WeightConverter]:
+    """Phi's network has no gate, but biases."""
+    return [
         WeightConverter(f"{EXPERTS}fc1.weight", "mlp.experts.up_proj", [MergeModulelist(dim=0)]),
         WeightConverter(f"{EXPERTS}fc1.bias", "mlp.experts.up_proj_bias", [MergeModulelist(dim=0)]),
         WeightConverter(f"{EXPERTS}fc2.weight", "mlp.experts.down_proj", [MergeModulelist(dim=0)]),
@@ -111,4 +139,54 @@ def _renamings() -> list[WeightRenaming]:
     ]
 
 
-__all__ = ["KeepVocabulary", "original_weight_mapping"]
+def original_layout(config: PreTrainedConfig) -> OriginalLayout:
+    """The way back. ValueError if the original code has no such model.
+
+    The way there serves all backbones at once, so it cannot be reversed: each has its own names to go back to.
+    """
+    text_type = config.text_config.model_type
+    if text_type not in ORIGINAL_BACKBONES.values() or config.vision_encoding != "square":
+        raise ValueError(
+            f"The original MoE-LLaVA has text models as {', '.join(ORIGINAL_BACKBONES.values())} and square images, "
+            f"but this model has {text_type!r} and {config.vision_encoding!r}: there is no layout to write it in."
+        )
+    qwen = text_type == ORIGINAL_BACKBONES["qwen"]
+    base = "transformer." if qwen else "model."
+    renamings = [
+        WeightRenaming(r"^model\.vision_tower\.", f"{base}image_tower.image_tower.vision_model."),
+        WeightRenaming(r"^model\.multi_modal_projector\.linear_1\.", f"{base}mm_projector.image_spatial_proj.0."),
+        WeightRenaming(r"^model\.multi_modal_projector\.linear_2\.", f"{base}mm_projector.image_spatial_proj.2."),
+        *(_qwen_names() if qwen else [WeightRenaming(r"^model\.language_model\.", base)]),
+        WeightRenaming(r"\.mlp\.gate\.", ".mlp.deepspeed_moe.gate.wg."),
+        WeightRenaming(r"\.mlp\.residual_mlp\.", ".mlp.mlp."),
+    ]
+    if qwen:
+        # Not that of the vision tower, `self_attn`
+        converters = [*_packed_attention(r"\.attn"), *_packed_experts("w2", "w1", "c_proj")]
+    elif text_type == ORIGINAL_BACKBONES["phi"]:
+        converters = _packed_phi_experts()
+    else:
+        converters = _packed_experts("gate_proj", "up_proj", "down_proj")
+    transforms: list[WeightTransform] = [*renamings, *(converter.reverse_transform() for converter in converters)]
+    return OriginalLayout(transforms, UNUSED_ORIGINAL_WEIGHTS)
+
+
+def _qwen_names() -> list[WeightRenaming]:
+    """From the names that Qwen-1's were brought to."""
+    model, layer = r"^model\.language_model\.", r"\.h\.(\d+)\."
+    return [
+        WeightRenaming(rf"{model}embed_tokens\.", "transformer.wte."),
+        WeightRenaming(rf"{model}norm\.", "transformer.ln_f."),
+        WeightRenaming(rf"{model}layers\.", "transformer.h."),
+        WeightRenaming(rf"{layer}input_layernorm\.", r".h.\1.ln_1."),
+        WeightRenaming(rf"{layer}post_attention_layernorm\.", r".h.\1.ln_2."),
+        WeightRenaming(rf"{layer}self_attn\.o_proj\.", r".h.\1.attn.c_proj."),
+        WeightRenaming(rf"{layer}self_attn\.", r".h.\1.attn."),
+        # Beside the experts, whose names end here
+        WeightRenaming(r"\.gate_proj\.", ".w2."),
+        WeightRenaming(r"\.up_proj\.", ".w1."),
+        WeightRenaming(r"\.down_proj\.", ".c_proj."),
+    ]
+
+
+__all__ = ["KeepVocabulary", "original_layout", "original_weight_mapping"]
