@@ -824,6 +824,18 @@ def test_malicious_file_is_refused(place, originals, where):
     assert_nothing_left(place)
 
 
+@pytest.mark.parametrize("target", ["elsewhere", "blobs"])
+def test_a_link_that_is_named_is_followed(tmp_path, converted, target):
+    """To another disk, or into the Hub's cache, whose files have no names of their own."""
+    (tmp_path / target).mkdir()
+    file = tmp_path / target / ("0a1b2c" if target == "blobs" else FILES["trained"].name)
+    file.write_bytes(FILES["trained"].read_bytes())
+    link = tmp_path / "snapshots" / "0123" / FILES["trained"].name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(file)
+    assert bytes_of(convert(link, tmp_path / "out")) == bytes_of(converted["trained"][0])
+
+
 def test_file_without_state_dict(place, originals):
     torch.save(originals["trained"], place / FILE)
     with pytest.raises(ValueError, match=r"must hold a dictionary with tensors under 'state_dict', but holds \['llm"):

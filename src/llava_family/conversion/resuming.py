@@ -2,7 +2,8 @@
 
 Design choices:
 - It is hidden and lies beside the output, `.<name>.incomplete`: the output appears at once, by a rename.
-- One conversion at a time: a lock that the system gives up when its process ends, however that happens.
+- One conversion at a time: the folder is locked itself, and the system gives that up when a process ends, however
+  that happens.
 - What cannot be told to be an earlier conversion's is never deleted.
 - Its weights come first and config.json last, so that a part of it does not load.
 """
@@ -24,6 +25,10 @@ try:
 except ImportError:  # Windows: two runs at once are not noticed there
     fcntl = None  # type: ignore[assignment]
 
+REFUSAL = (
+    "A conversion would be written to {} until it is complete, but this is not what an earlier one left: {}. Move it "
+    "away, or choose another output."
+)
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -70,39 +75,37 @@ def _prepare(
     incomplete: Path, manifest: Manifest, paths: dict[Path, SourceFile], report: Callable[[str], None]
 ) -> None:
     """Takes over what an earlier run has finished, or begins anew."""
-    if os.path.lexists(incomplete):
-        earlier = _earlier(incomplete)
-        if earlier is not None and manifest.continues(earlier) and _same_sources(manifest, earlier, paths):
-            _take_over(incomplete, manifest, earlier, report)
-        else:
-            if earlier is not None:
-                report("Discarded what an earlier conversion, of other files or with other options, had left.")
-            _discard(incomplete)
-    incomplete.mkdir(exist_ok=True)
+    earlier = _earlier(incomplete)
+    if earlier is not None and manifest.continues(earlier) and _same_sources(manifest, earlier, paths):
+        _take_over(incomplete, manifest, earlier, report)
+    else:
+        if earlier is not None:
+            report("Discarded what an earlier conversion, of other files or with other options, had left.")
+        # Not the folder itself, which is locked. The manifest last: interrupted, the rest is still known to be ours.
+        _empty(incomplete, but={MANIFEST_FILE})
+        _empty(incomplete, but=set())
     manifest.save(incomplete)
 
 
 def _earlier(incomplete: Path) -> Manifest | None:
     """The manifest of an earlier run, None if it ended before it wrote one; ValueError if it is not one's folder."""
-    refusal = (
-        f"A conversion would be written to {incomplete} until it is complete, but this is not what an earlier one "
-        "left: {}. Move it away, or choose another output."
-    )
     if incomplete.is_symlink() or not incomplete.is_dir():
-        raise ValueError(refusal.format("it is no folder"))
+        raise ValueError(REFUSAL.format(incomplete, "it is no folder"))
     found = {path.name: path for path in incomplete.iterdir()}
     links = [name for name, path in found.items() if path.is_symlink()]
     if links:
-        raise ValueError(refusal.format(f"{links[0]} is a link"))
+        raise ValueError(REFUSAL.format(incomplete, f"{links[0]} is a link"))
     if MANIFEST_FILE not in found:
         others = set(found) - {MANIFEST_FILE + PARTIAL_SUFFIX}
         if others:
-            raise ValueError(refusal.format(f"it has {', '.join(sorted(others)[:3])} and no {MANIFEST_FILE}"))
+            raise ValueError(
+                REFUSAL.format(incomplete, f"it has {', '.join(sorted(others)[:3])} and no {MANIFEST_FILE}")
+            )
         return None
     try:
         return Manifest.load(found[MANIFEST_FILE])
     except ValueError as error:
-        raise ValueError(refusal.format(error)) from error
+        raise ValueError(REFUSAL.format(incomplete, error)) from error
 
 
 def _same_sources(manifest: Manifest, earlier: Manifest, paths: dict[Path, SourceFile]) -> bool:
@@ -148,27 +151,29 @@ def _empty(incomplete: Path, but: set[str]) -> None:
 
 @contextmanager
 def _locked(output: Path, incomplete: Path) -> Iterator[None]:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    lock = incomplete.with_name(incomplete.name + ".lock")
-    descriptor = _acquire(lock, output)
+    """Makes the folder and locks it itself: the lock goes with it, and no file of its own could be left behind."""
+    incomplete.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = None if fcntl is None else _acquire(output, incomplete)
     try:
+        incomplete.mkdir(exist_ok=True)
         yield
     finally:
-        # Before it is given up: whoever opened it meanwhile finds that its name is no longer its own.
         with suppress(OSError):
-            lock.unlink()
-        os.close(descriptor)
+            incomplete.rmdir()  # if nothing is in it
+        if descriptor is not None:
+            os.close(descriptor)
 
 
-def _acquire(lock: Path, output: Path) -> int:
+def _acquire(output: Path, incomplete: Path) -> int:
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        with suppress(FileExistsError):
+            incomplete.mkdir()
+        if incomplete.is_symlink() or not incomplete.is_dir():
+            raise ValueError(REFUSAL.format(incomplete, "it is no folder"))
+        descriptor = os.open(incomplete, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            if os.fstat(descriptor).st_size:
-                raise ValueError(f"{lock} must be the empty lock of a conversion, but is not empty. Move it away.")
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.exists() and os.path.samestat(os.stat(lock), os.fstat(descriptor)):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if incomplete.exists() and os.path.samestat(os.stat(incomplete), os.fstat(descriptor)):
                 return descriptor
         except BlockingIOError:
             os.close(descriptor)
