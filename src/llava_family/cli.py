@@ -131,6 +131,9 @@ def convert(
     routing: RoutingOption = None,
     merge_attention_lora: MergeAttentionOption = False,
     push_to_hub: Annotated[str | None, typer.Option(help="Hub repository to upload the finished folder to.")] = None,
+    allow_nan: Annotated[
+        bool, typer.Option("--allow-nan", help="Keep NaN and infinite values.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would become of every tensor.")] = False,
 ) -> None:
     """Convert an original checkpoint of any family; interrupted, run it again to go on."""
@@ -148,7 +151,7 @@ def convert(
         elif output is None:
             raise ValueError("`--output` is missing: the folder for the converted checkpoint.")
         else:
-            convert_checkpoint(checkpoint, output, options, push_to_hub, typer.echo)
+            convert_checkpoint(checkpoint, output, options, push_to_hub, typer.echo, allow_nan)
 
 
 @app.command()

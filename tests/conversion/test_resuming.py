@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -59,7 +60,15 @@ def make_source(folder, seed=0):
     return folder
 
 
-def convert(source, output, read_hook=lambda name: None, report=lambda line: None, shard_bytes=SHARD_BYTES, **options):
+def convert(
+    source,
+    output,
+    read_hook=lambda name: None,
+    report=lambda line: None,
+    shard_bytes=SHARD_BYTES,
+    allow_nan=False,
+    **options,
+):
     """Converts float32 to float32, in six shards."""
     with CheckpointReader(source) as reader:
         tensors = CheckpointTensors()
@@ -74,7 +83,7 @@ def convert(source, output, read_hook=lambda name: None, report=lambda line: Non
         plan = plan_conversion(reader.tensors, [], expected)
         sources = [("checkpoint", reader.folder / file) for file in reader.files]
         conversion = Conversion("test", options, sources, tensors, plan, torch.float32, [Settings()])
-        write_checkpoint(output, conversion, None, report, shard_bytes)
+        write_checkpoint(output, conversion, None, report, shard_bytes, allow_nan)
     return output
 
 
@@ -330,7 +339,7 @@ def test_source_that_changes_meanwhile(source, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
 
 
-def test_not_finite_values_are_reported_and_kept(tmp_path):
+def test_not_finite_values_are_refused_or_kept(tmp_path):
     source = make_source(tmp_path / "original")
     path = source / "model-00001-of-00002.safetensors"
     with CheckpointReader(source) as reader:
@@ -343,12 +352,15 @@ def test_not_finite_values_are_reported_and_kept(tmp_path):
         "Not finite: 4 values of 2 tensors of the original are NaN or infinite (3 in layers.0.weight, 1 in "
         "layers.3.weight). They were kept."
     )
+    with pytest.raises(ValueError, match=re.escape(line.removesuffix(" They were kept."))):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
     interrupt(source, tmp_path / "out", 5)
-    output = convert(source, tmp_path / "out", report=lines.append)
+    output = convert(source, tmp_path / "out", report=lines.append, allow_nan=True)
     assert line in lines
     with CheckpointReader(output) as reader:
         assert torch.equal(reader.read("layers.0.weight").isfinite(), tensors["layers.0.weight"].isfinite())
-    fresh = convert(source, tmp_path / "fresh", report=lines.append)
+    fresh = convert(source, tmp_path / "fresh", report=lines.append, allow_nan=True)
     assert lines.count(line) == 2 and hashes_of(fresh) == hashes_of(output)
 
 

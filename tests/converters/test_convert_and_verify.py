@@ -130,6 +130,22 @@ def nan(tensors):
     tensors["lm_head.weight"][0, 0] = float("nan")
 
 
+def test_weights_that_are_not_finite(tmp_path):
+    """Of a whole command: refused, and nothing is left, unless they are asked for."""
+    shutil.copytree(ORIGINALS["llava_uhd"], tmp_path / "original")
+    for file in (tmp_path / "original").glob("*.safetensors"):
+        tensors = load_file(file)
+        if "lm_head.weight" in tensors:
+            nan(tensors)
+            save_file(tensors, file, metadata={"format": "pt"})
+    arguments = ["--checkpoint", tmp_path / "original", "--output", tmp_path / "out", *options_of("llava_uhd")]
+    code, printed = run("convert", *arguments)
+    assert code and "1 in lm_head.weight" in " ".join(printed.split()) and not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+    code, printed = run("convert", *arguments, "--allow-nan")
+    assert code == 0 and "They were kept." in printed and (tmp_path / "out" / "config.json").exists()
+
+
 DIFFERENCES = {
     "one bit": (
         lambda t: t["lm_head.weight"].view(torch.int16)[3, 5].bitwise_xor_(1),

@@ -25,6 +25,7 @@ def write_checkpoint(
     push_to_hub: str | None,
     report: Callable[[str], None],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    allow_nan: bool = False,
 ) -> None:
     """Writes the weights and whatever else the checkpoint consists of, and uploads it.
 
@@ -34,6 +35,7 @@ def write_checkpoint(
         push_to_hub (`str`, *optional*): Hub repository to upload to.
         report (`Callable[[str], None]`): Receives what was done, line by line.
         max_shard_bytes (`int`, *optional*, defaults to 5 GB): See [`write_sharded`].
+        allow_nan (`bool`, *optional*, defaults to `False`): Whether to keep NaN and infinite values of the original.
 
     Raises:
         ValueError: if the checkpoint cannot be converted. Nothing is left behind.
@@ -47,8 +49,14 @@ def write_checkpoint(
     manifest = Manifest.planned(conversion.family, options, list(paths.values()), shards)
     with resumable_folder(output, manifest, paths, report) as incomplete:
         num_bytes = _write_weights(incomplete, conversion, manifest, paths, max_shard_bytes)
+        if not_finite := _not_finite(manifest):
+            if not allow_nan:
+                raise ValueError(
+                    f"{not_finite} The checkpoint is damaged, or its training failed. Download it again, or keep them "
+                    "by `allow_nan` (`--allow-nan`)."
+                )
+            report(f"{not_finite} They were kept.")
         _write_parts(incomplete, conversion, manifest)
-    _report_not_finite(manifest, report)
     report(f"Wrote {num_bytes / 1e6:,.0f} MB in {str(conversion.dtype)[6:]}, to {output}.")
     if push_to_hub is not None:
         upload(output, push_to_hub)
@@ -115,11 +123,13 @@ def _write_parts(incomplete: Path, conversion: Conversion, manifest: Manifest) -
     manifest.save(incomplete)
 
 
-def _report_not_finite(manifest: Manifest, report: Callable[[str], None], limit: int = 5) -> None:
+def _not_finite(manifest: Manifest, limit: int = 5) -> str:
+    """What is NaN or infinite in the original; empty if nothing is."""
     counts = {name: count for shard in manifest.shards.values() for name, count in shard["not_finite"].items()}
-    if counts:
-        shown = ", ".join(f"{count} in {name}" for name, count in list(counts.items())[:limit])
-        report(
-            f"Not finite: {sum(counts.values())} values of {len(counts)} tensors of the original are NaN or infinite "
-            f"({shown}{', ...' if len(counts) > limit else ''}). They were kept."
-        )
+    if not counts:
+        return ""
+    shown = ", ".join(f"{count} in {name}" for name, count in list(counts.items())[:limit])
+    return (
+        f"Not finite: {sum(counts.values())} values of {len(counts)} tensors of the original are NaN or infinite "
+        f"({shown}{', ...' if len(counts) > limit else ''})."
+    )

@@ -165,6 +165,7 @@ def conversion_parser(
     parser.add_argument("--output", required=True, help="new folder for the converted checkpoint")
     parser.add_argument("--dtype", choices=DTYPES, help=f"of the converted weights; {default_dtype} by default")
     parser.add_argument("--push-to-hub", metavar="REPO", help="upload the finished folder to this Hub repository")
+    parser.add_argument("--allow-nan", action="store_true", help="keep NaN and infinite values, not refuse them")
     return parser
 
 

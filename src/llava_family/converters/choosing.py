@@ -88,12 +88,13 @@ def convert_checkpoint(
     options: Mapping[str, Any],
     push_to_hub: str | None = None,
     report: Callable[[str], None] = print,
+    allow_nan: bool = False,
 ) -> Path:
     """Converts an original checkpoint of any family into the folder `output`, see [`open_checkpoint`]."""
     check_options(options.get("dtype"), push_to_hub)
     path = check_output_folder(output)
     with open_checkpoint(checkpoint, options, report) as conversion:
-        write_checkpoint(path, conversion, push_to_hub, report)
+        write_checkpoint(path, conversion, push_to_hub, report, allow_nan=allow_nan)
     return path
 
 

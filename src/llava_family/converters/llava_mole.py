@@ -73,6 +73,7 @@ def convert_llava_mole_checkpoint(
     merge_attention_lora: bool = False,
     dtype: str | None = None,
     push_to_hub: str | None = None,
+    allow_nan: bool = False,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Converts `checkpoint` into the folder `output`, which appears only when it is complete.
@@ -91,6 +92,7 @@ def convert_llava_mole_checkpoint(
         dtype (`str`, *optional*): `"float32"`, `"float16"` or `"bfloat16"`; by default bfloat16, in which the original
             runs, while its files hold several.
         push_to_hub (`str`, *optional*): Hub repository to upload the finished folder to.
+        allow_nan (`bool`, *optional*, defaults to `False`): Whether to keep NaN and infinite values.
         report (`Callable[[str], None]`, *optional*, defaults to `print`): Receives what was done, line by line.
 
     Returns:
@@ -106,7 +108,7 @@ def convert_llava_mole_checkpoint(
     with open_llava_mole(
         checkpoint, vicuna, clip, lora_alpha, routing, merge_attention_lora, dtype, report
     ) as conversion:
-        write_checkpoint(output, conversion, push_to_hub, report)
+        write_checkpoint(output, conversion, push_to_hub, report, allow_nan=allow_nan)
     return output
 
 

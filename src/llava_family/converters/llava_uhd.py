@@ -48,6 +48,7 @@ def convert_llava_uhd_checkpoint(
     vision_tower: str | os.PathLike | None = None,
     dtype: str | None = None,
     push_to_hub: str | None = None,
+    allow_nan: bool = False,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Converts `checkpoint` into the folder `output`, which appears only when it is complete.
@@ -59,6 +60,7 @@ def convert_llava_uhd_checkpoint(
             vision tower from instead of the release's shards.
         dtype (`str`, *optional*): `"float32"`, `"float16"` or `"bfloat16"`; the release's own by default.
         push_to_hub (`str`, *optional*): Hub repository to upload the finished folder to.
+        allow_nan (`bool`, *optional*, defaults to `False`): Whether to keep NaN and infinite values.
         report (`Callable[[str], None]`, *optional*, defaults to `print`): Receives what was done, line by line.
 
     Returns:
@@ -71,7 +73,7 @@ def convert_llava_uhd_checkpoint(
     check_options(dtype, push_to_hub)
     output = check_output_folder(output)
     with open_llava_uhd(checkpoint, vision_tower, dtype, report) as conversion:
-        write_checkpoint(output, conversion, push_to_hub, report)
+        write_checkpoint(output, conversion, push_to_hub, report, allow_nan=allow_nan)
     return output
 
 

@@ -61,6 +61,7 @@ def convert_moe_llava_checkpoint(
     lora_alpha: float | None = None,
     dtype: str | None = None,
     push_to_hub: str | None = None,
+    allow_nan: bool = False,
     report: Callable[[str], None] = print,
 ) -> Path:
     """Converts `checkpoint` into the folder `output`, which appears only when it is complete.
@@ -75,6 +76,7 @@ def convert_moe_llava_checkpoint(
         lora_alpha (`float`, *optional*): `lora_alpha` of unmerged adapters, where no file of the checkpoint has it.
         dtype (`str`, *optional*): `"float32"`, `"float16"` or `"bfloat16"`; the checkpoint's own by default.
         push_to_hub (`str`, *optional*): Hub repository to upload the finished folder to.
+        allow_nan (`bool`, *optional*, defaults to `False`): Whether to keep NaN and infinite values.
         report (`Callable[[str], None]`, *optional*, defaults to `print`): Receives what was done, line by line.
 
     Returns:
@@ -88,7 +90,7 @@ def convert_moe_llava_checkpoint(
     check_options(dtype, push_to_hub)
     output = check_output_folder(output)
     with open_moe_llava(checkpoint, vision_tower, base, lora_alpha, dtype, report) as conversion:
-        write_checkpoint(output, conversion, push_to_hub, report)
+        write_checkpoint(output, conversion, push_to_hub, report, allow_nan=allow_nan)
     return output
 
 
