@@ -131,9 +131,7 @@ def convert(
     routing: RoutingOption = None,
     merge_attention_lora: MergeAttentionOption = False,
     push_to_hub: Annotated[str | None, typer.Option(help="Hub repository to upload the finished folder to.")] = None,
-    allow_nan: Annotated[
-        bool, typer.Option("--allow-nan", help="Keep NaN and infinite values.")
-    ] = False,
+    allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Keep NaN and infinite values.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would become of every tensor.")] = False,
 ) -> None:
     """Convert an original checkpoint of any family; interrupted, run it again to go on."""
