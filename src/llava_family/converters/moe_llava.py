@@ -37,7 +37,7 @@ from ..conversion.scripting import (
 from ..moe_llava.configuration_moe_llava import ORIGINAL_MODEL_TYPES, MoeLlavaConfig, is_original_config
 from ..moe_llava.modeling_moe_llava import MoeLlavaForCausalLM
 from ..moe_llava.processing_moe_llava import MoeLlavaProcessor
-from ..moe_llava.weight_mapping_moe_llava import original_weight_mapping
+from ..moe_llava.weight_mapping_moe_llava import UNUSED_ORIGINAL_WEIGHTS, original_weight_mapping
 from .moe_llava_stages import (
     PROJECTOR_FILE,
     TOKENIZER_PATTERNS,
@@ -50,7 +50,6 @@ from .moe_llava_stages import (
 
 CHECKPOINT_PATTERNS = [*WEIGHT_PATTERNS, PROJECTOR_FILE, "*config.json", *TOKENIZER_PATTERNS]
 BASE_PATTERNS = [*WEIGHT_PATTERNS, "*config.json", *TOKENIZER_PATTERNS]
-CONSTANT = "a constant that older checkpoints store"
 
 
 def convert_moe_llava_checkpoint(
@@ -231,7 +230,7 @@ def plan_moe_llava(
     config: MoeLlavaConfig, tensors: Mapping[str, TensorInfo], ignore_head_bias: bool = False
 ) -> ConversionPlan:
     """How `tensors` become the model of `config`; ValueError unless they are exactly its own."""
-    unused = {r"embeddings\.position_ids$": CONSTANT, r"rotary_emb\.inv_freq$": CONSTANT}
+    unused = dict(UNUSED_ORIGINAL_WEIGHTS)
     if ignore_head_bias and config.get_text_config().model_type == "moe_llava_phi_text":
         unused[r"^lm_head\.bias$"] = "since the original trains Phi's language modeling head without its bias"
     return plan_for_model(MoeLlavaForCausalLM, config, tensors, original_weight_mapping(), unused)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..auto import FAMILIES, Family
-from ..conversion import WEIGHT_FILES, CheckpointReader, TensorInfo, plan_conversion, resolve_checkpoint
-from ..conversion.scripting import read_original_config
+from ..conversion import WEIGHT_FILES, CheckpointReader, TensorInfo, resolve_checkpoint
+from ..conversion.scripting import plan_for_model, read_original_config
 from .code import family_of
 
 
@@ -92,8 +91,8 @@ def _open_weights(folder: Path) -> CheckpointReader:
     if ".bin" in found:
         raise ValueError(
             f"The weights of a repository must be safetensors, but those of {folder} are pickles ({found}), which can "
-            "run code when they are loaded. Convert the checkpoint with its conversion_scripts/"
-            "convert_<family>_weights_to_hf.py, which reads them safely, and export the result."
+            "run code when they are loaded. Convert the checkpoint by `llava-family convert`, or its "
+            "conversion_scripts/convert_<family>_weights_to_hf.py, which read them safely, and export the result."
         )
     return CheckpointReader(folder)
 
@@ -116,12 +115,9 @@ def _check_original_weights(
     unused = {r"embeddings\.position_ids$": "a constant", r"rotary_emb\.inv_freq$": "a constant"}
     if family.model_type == "llava_uhd":
         unused |= family.load("weight_mapping", "unused_original_weights")(config.vision_config)
-    with torch.device("meta"):
-        model = family.load("modeling", family.head)(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     mapping = family.load("weight_mapping", "original_weight_mapping")()
     try:
-        plan_conversion(tensors, mapping, expected, unused, model)
+        plan_for_model(family.load("modeling", family.head), config, tensors, mapping, unused)
     except ValueError as error:
         raise ValueError(
             f"{folder} cannot be exported as it is. Its conversion script accepts more than direct loading does: "

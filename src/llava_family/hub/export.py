@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..conversion import atomic_folder, check_output_folder
 from ..conversion.checking import settings_files
 from ..conversion.scripting import check_options, upload
+from ..conversion.writing import check_free_space
 from .cards import model_card, package_file
 from .checkpoint import Checkpoint, read_checkpoint
 from .code import auto_map, repository_code
@@ -30,8 +31,6 @@ LICENSE_PATTERNS = ("LICENSE*", "NOTICE*")
 
 MANIFEST = "MANIFEST.sha256"
 COPY_BYTES = 1 << 22
-# What is written besides weights, generously
-RESERVED_BYTES = 50_000_000
 
 
 def export_model(
@@ -93,12 +92,7 @@ def write_repository(folder: Path, checkpoint: Checkpoint, card: str) -> None:
 def _copy_weights(folder: Path, files: list[str], output: Path) -> dict[str, str]:
     """Copies files, each of which is read once, and returns their checksums. ValueError if the disk is too full."""
     total = sum((folder / file).stat().st_size for file in files)
-    free = shutil.disk_usage(output).free
-    if free < total + RESERVED_BYTES:
-        raise ValueError(
-            f"The output needs {(total + RESERVED_BYTES) // 10**6} MB, but the disk of {output.parent} has "
-            f"{free // 10**6} MB left. Free some, or choose an output folder on another disk."
-        )
+    check_free_space(output, total)
     checksums = {}
     with logging.tqdm(total=total, unit="B", unit_scale=True, desc="Copying weights") as progress:
         for file in files:

@@ -131,14 +131,15 @@ class MoleRouter(nn.Linear):
             return functional.linear(hidden_states.float(), self.weight.float(), bias)
 
 
-def check_routers_learn(router_logits: tuple[torch.Tensor, ...], routers: Iterable[MoleRouter]) -> None:
-    """Raises a `ValueError` if trainable routers get no gradient from a balance loss of `router_logits`."""
-    if not torch.is_grad_enabled() or any(logits.requires_grad for logits in router_logits):
+def check_routers_learn(router_logits: Iterable[torch.Tensor], are_trained: Iterable[bool]) -> None:
+    """Raises a `ValueError` if a router that is trained gets no gradient from a balance loss of its logits."""
+    if not torch.is_grad_enabled():
         return
-    if any(parameter.requires_grad for router in routers for parameter in router.parameters()):
+    if any(trained and not logits.requires_grad for logits, trained in zip(router_logits, are_trained, strict=True)):
         raise ValueError(
-            "The balance loss cannot reach the routers: reentrant gradient checkpointing computes their logits "
-            'without gradients. Enable it with `{"use_reentrant": False}`, or freeze the routers.'
+            "The routers would not learn from the balance loss: reentrant gradient checkpointing keeps no graph of "
+            "what a layer computes beside its output. Enable it with "
+            '`gradient_checkpointing_kwargs={"use_reentrant": False}`, or freeze the routers.'
         )
 
 

@@ -20,13 +20,11 @@ Design choices:
 - The balance loss follows from the router's logits alone, so it is computed once behind all layers.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -38,13 +36,8 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
 
-from ..llava_uhd.modeling_llava_uhd import (
-    ImagePlaceholderMixin,
-    LlavaUhdResampler,
-    LlavaUhdVisionModel,
-    PlaceholderGenerationMixin,
-    encode_views,
-)
+from ..llava_uhd.modeling_llava_uhd import PlaceholderGenerationMixin
+from ..llava_uhd.shared_llava_uhd import SquareOrSlicesMixin, add_balance_loss, counted_tokens
 from .configuration_llava_mole import LlavaMoleConfig, LlavaMoleTextConfig
 from .layers_llava_mole import MoleExperts, MoleLinear, MoleMLP, MoleRouter, balance_loss, check_routers_learn
 
@@ -142,17 +135,6 @@ def build_text_model(config) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
-class LlavaMoleMultiModalProjector(nn.Module):
-    def __init__(self, config: LlavaMoleConfig):
-        super().__init__()
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(image_features)))
-
-
 class LlavaMoleImageBoundaries(nn.Module):
     """The learned embeddings before and behind the features of every image."""
 
@@ -200,16 +182,10 @@ class LlavaMolePreTrainedModel(PreTrainedModel):
     without a language modeling head.
     """
 )
-class LlavaMoleModel(ImagePlaceholderMixin, LlavaMolePreTrainedModel):
+class LlavaMoleModel(SquareOrSlicesMixin, LlavaMolePreTrainedModel):
     def __init__(self, config: LlavaMoleConfig):
         super().__init__(config)
-        # CODEPATH: the original is square; slices combine LLaVA-UHD's front end with a mixture of LoRA experts
-        if config.vision_encoding == "slices":
-            self.vision_tower = LlavaUhdVisionModel._from_config(config.vision_config)
-            self.resampler = LlavaUhdResampler(config)
-        else:
-            self.vision_tower = AutoModel.from_config(config.vision_config)
-            self.multi_modal_projector = LlavaMoleMultiModalProjector(config)
+        self.add_vision(config)
         self.image_boundaries = LlavaMoleImageBoundaries(config)
         self.language_model = build_text_model(config.text_config)
         self.post_init()
@@ -233,20 +209,8 @@ class LlavaMoleModel(ImagePlaceholderMixin, LlavaMolePreTrainedModel):
         Returns `pooler_output`, for every image a tensor of shape `(1 + num_features + 1, hidden_size)` with the start
         and end embeddings around the features.
         """
-        # CODEPATH: the original is square
-        if self.config.vision_encoding == "slices":
-            outputs = encode_views(self.vision_tower, self.resampler, pixel_values, image_grids, **kwargs)
-            outputs.pooler_output = [self.image_boundaries(features) for features in outputs.pooler_output]
-            return outputs
-        # A layer's number captures this layer only; who asks for all of them gets them.
-        layer = self.config.vision_feature_layer
-        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layer
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        features = outputs.hidden_states[layer]
-        # CODEPATH: "default" for the original
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
-        outputs.pooler_output = [self.image_boundaries(image) for image in self.multi_modal_projector(features)]
+        outputs = self.encode_images(pixel_values, image_grids, **kwargs)
+        outputs.pooler_output = [self.image_boundaries(features) for features in outputs.pooler_output]
         return outputs
 
     @can_return_tuple
@@ -271,30 +235,19 @@ class LlavaMoleModel(ImagePlaceholderMixin, LlavaMolePreTrainedModel):
         image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`, *optional*):
             Slices and patches of every image, for `"slices"`.
         """
-        image_inputs = {} if image_grids is None else {"image_grids": image_grids}
-        inputs_embeds, image_features = self.merge_images(
-            input_ids, inputs_embeds, pixel_values, mm_encoder_outputs, past_key_values, **image_inputs
-        )
-        if position_ids is None:
-            position_ids = self.unpadded_positions(attention_mask, inputs_embeds.shape[1])
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            output_router_logits=output_router_logits,
+        fields = self.run_text_model(
+            input_ids,
+            pixel_values,
+            image_grids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            output_router_logits,
+            mm_encoder_outputs,
             **kwargs,
         )
-        return LlavaMoleModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=getattr(outputs, "router_logits", None) or None,
-            image_hidden_states=image_features,
-        )
+        return LlavaMoleModelOutputWithPast(**fields)
 
 
 class NewTokensRepetitionPenalty(RepetitionPenaltyLogitsProcessor):
@@ -346,8 +299,9 @@ class LlavaMoleForCausalLM(LlavaMolePreTrainedModel, PlaceholderGenerationMixin)
             for processor in processors
         )
 
-    def _routers(self) -> Iterator[MoleRouter]:
-        return (module for module in self.model.language_model.modules() if isinstance(module, MoleRouter))
+    def _are_routers_trained(self) -> list[bool]:
+        routers = [module for module in self.model.language_model.modules() if isinstance(module, MoleRouter)]
+        return [router.weight.requires_grad or router.bias.requires_grad for router in routers]
 
     @auto_docstring
     def get_image_features(
@@ -416,15 +370,12 @@ class LlavaMoleForCausalLM(LlavaMolePreTrainedModel, PlaceholderGenerationMixin)
         aux_loss = None
         # With one expert there is nothing to balance.
         if outputs.router_logits is not None and outputs.router_logits[0].shape[-1] > 1:
-            length = outputs.last_hidden_state.shape[1]
-            counted = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-            counted = None if counted is None else counted[:, -length:]
+            counted = counted_tokens(attention_mask, outputs.last_hidden_state.shape[1])
             aux_loss = balance_loss(outputs.router_logits, counted, self.config.text_config.balance_loss)
             if labels is not None:
-                check_routers_learn(outputs.router_logits, self._routers())
-                num_items = kwargs.get("num_items_in_batch")
-                share = 1.0 if num_items is None else (labels[..., 1:] != -100).sum().to(loss.device) / num_items
-                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+                check_routers_learn(outputs.router_logits, self._are_routers_trained())
+                coefficient = self.config.router_aux_loss_coef
+                loss = add_balance_loss(loss, aux_loss, coefficient, labels, kwargs.get("num_items_in_batch"))
         return LlavaMoleCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

@@ -125,9 +125,35 @@ class LlavaUhdVisionConfig(PreTrainedConfig):
             )
 
 
+@strict
+class SlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
+    """What every configuration has whose model resamples slices, or may do so."""
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    resampler_type: Literal["spatial", "perceiver"] = "spatial"
+    num_queries: int | None = None
+    resampler_num_attention_heads: int | None = None
+    resampler_layer_norm_eps: float = 1e-6
+    image_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.num_queries is None:
+            self.num_queries = DEFAULT_NUM_QUERIES[self.resampler_type]
+        if self.resampler_num_attention_heads is None:
+            self.resampler_num_attention_heads = max(self.text_config.hidden_size // 128, 1)
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size
+        # Text checkpoints such as Qwen1.5-1.8B carry the flag in their own configuration.
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+
+
 @auto_docstring(checkpoint="guozonghao96/llava-uhd-144-13b")
 @strict
-class LlavaUhdConfig(PreTrainedConfig):
+class LlavaUhdConfig(SlicesConfig):
     r"""
     resampler_type (`"spatial"` or `"perceiver"`, *optional*, defaults to `"spatial"`):
         `"spatial"` is the released model's: every query attends to its own region of the view. `"perceiver"` is the
@@ -158,26 +184,7 @@ class LlavaUhdConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    resampler_type: Literal["spatial", "perceiver"] = "spatial"
-    num_queries: int | None = None
-    resampler_num_attention_heads: int | None = None
-    resampler_layer_norm_eps: float = 1e-6
-    image_token_id: int | None = None
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.num_queries is None:
-            self.num_queries = DEFAULT_NUM_QUERIES[self.resampler_type]
-        if self.resampler_num_attention_heads is None:
-            self.resampler_num_attention_heads = max(self.text_config.hidden_size // 128, 1)
-        if self.image_token_id is None:
-            self.image_token_id = self.text_config.vocab_size
-        # Text checkpoints such as Qwen2-0.5B carry the flag in their own config.
-        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     def validate_num_queries(self):
         queries = self.num_queries
@@ -202,33 +209,12 @@ class LlavaUhdConfig(PreTrainedConfig):
         return config_dict, kwargs
 
 
-# Read but never written or built by hand: it has no parameters to document.
 @strict
-class SquareOrSlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
+class SquareOrSlicesConfig(SlicesConfig):  # trf-ignore: TRF057 (no user makes one)
     """What the configurations of other families share: square views by default, LLaVA-UHD's slices as an option."""
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
     vision_encoding: Literal["square", "slices"] = "square"
     projector_hidden_act: str = "gelu"
-    resampler_type: Literal["spatial", "perceiver"] = "spatial"
-    num_queries: int | None = None
-    resampler_num_attention_heads: int | None = None
-    resampler_layer_norm_eps: float = 1e-6
-    image_token_id: int | None = None
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.num_queries is None:
-            self.num_queries = DEFAULT_NUM_QUERIES[self.resampler_type]
-        if self.resampler_num_attention_heads is None:
-            self.resampler_num_attention_heads = max(self.text_config.hidden_size // 128, 1)
-        if self.image_token_id is None:
-            self.image_token_id = self.text_config.vocab_size
-        # Text checkpoints such as Qwen1.5-1.8B carry the flag in their own configuration.
-        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     # TRL reads both from the composite configuration: https://github.com/huggingface/trl/pull/6083
     @property
@@ -248,6 +234,7 @@ class SquareOrSlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user mak
         self.text_config.router_aux_loss_coef = value  # type: ignore[union-attr]
 
 
+# Read but never written or built by hand: it has no parameters to document.
 @strict
 class LlavaLlamaConfig(PreTrainedConfig):  # trf-ignore: TRF057
     """The configuration of an original release, whose model type is LLaVA-1.5's; reads as a [`LlavaUhdConfig`]."""

@@ -45,13 +45,8 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
 
-from ..llava_uhd.modeling_llava_uhd import (
-    ImagePlaceholderMixin,
-    LlavaUhdResampler,
-    LlavaUhdVisionModel,
-    PlaceholderGenerationMixin,
-    encode_views,
-)
+from ..llava_uhd.modeling_llava_uhd import PlaceholderGenerationMixin
+from ..llava_uhd.shared_llava_uhd import SquareOrSlicesMixin, add_balance_loss, counted_tokens
 from .configuration_moe_llava import (
     MoeLlavaConfig,
     MoeLlavaLlamaConfig,
@@ -409,17 +404,6 @@ def build_text_model(config) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
-class MoeLlavaMultiModalProjector(nn.Module):
-    def __init__(self, config: MoeLlavaConfig):
-        super().__init__()
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(image_features)))
-
-
 @auto_docstring
 class MoeLlavaPreTrainedModel(PreTrainedModel):
     config: MoeLlavaConfig
@@ -457,16 +441,10 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
     language modeling head.
     """
 )
-class MoeLlavaModel(ImagePlaceholderMixin, MoeLlavaPreTrainedModel):
+class MoeLlavaModel(SquareOrSlicesMixin, MoeLlavaPreTrainedModel):
     def __init__(self, config: MoeLlavaConfig):
         super().__init__(config)
-        # CODEPATH: all releases are square; slices combine LLaVA-UHD's front end with experts
-        if config.vision_encoding == "slices":
-            self.vision_tower = LlavaUhdVisionModel._from_config(config.vision_config)
-            self.resampler = LlavaUhdResampler(config)
-        else:
-            self.vision_tower = AutoModel.from_config(config.vision_config)
-            self.multi_modal_projector = MoeLlavaMultiModalProjector(config)
+        self.add_vision(config)
         self.language_model = build_text_model(config.text_config)
         self.post_init()
 
@@ -488,19 +466,7 @@ class MoeLlavaModel(ImagePlaceholderMixin, MoeLlavaPreTrainedModel):
 
         Returns `pooler_output`, for every image a tensor of shape `(num_features, hidden_size)`.
         """
-        # CODEPATH: all releases are square
-        if self.config.vision_encoding == "slices":
-            return encode_views(self.vision_tower, self.resampler, pixel_values, image_grids, **kwargs)
-        # A layer's number captures this layer only; who asks for all of them gets them.
-        layer = self.config.vision_feature_layer
-        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layer
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        features = outputs.hidden_states[layer]
-        # CODEPATH: "default" for all releases, those with SigLIP too
-        if self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
-        outputs.pooler_output = list(self.multi_modal_projector(features))
-        return outputs
+        return self.encode_images(pixel_values, image_grids, **kwargs)
 
     @can_return_tuple
     @auto_docstring
@@ -524,30 +490,19 @@ class MoeLlavaModel(ImagePlaceholderMixin, MoeLlavaPreTrainedModel):
         image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`, *optional*):
             Slices and patches of every image, for `"slices"`.
         """
-        image_inputs = {} if image_grids is None else {"image_grids": image_grids}
-        inputs_embeds, image_features = self.merge_images(
-            input_ids, inputs_embeds, pixel_values, mm_encoder_outputs, past_key_values, **image_inputs
-        )
-        if position_ids is None:
-            position_ids = self.unpadded_positions(attention_mask, inputs_embeds.shape[1])
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            output_router_logits=output_router_logits,
+        fields = self.run_text_model(
+            input_ids,
+            pixel_values,
+            image_grids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            output_router_logits,
+            mm_encoder_outputs,
             **kwargs,
         )
-        return MoeLlavaModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=getattr(outputs, "router_logits", None) or None,
-            image_hidden_states=image_features,
-        )
+        return MoeLlavaModelOutputWithPast(**fields)
 
 
 @auto_docstring(
@@ -647,13 +602,11 @@ class MoeLlavaForCausalLM(MoeLlavaPreTrainedModel, PlaceholderGenerationMixin):
         if outputs.router_logits is not None:
             # CODEPATH: the released code counts padding; its releases are fine-tuned from here without
             counted = None if self.config.text_config.aux_loss_includes_padding else attention_mask
-            length = outputs.last_hidden_state.shape[1]
-            counted = counted[:, -length:] if counted is not None and counted.ndim == 2 else None
+            counted = counted_tokens(counted, outputs.last_hidden_state.shape[1])
             aux_loss = balance_loss(outputs.router_logits, counted)
             if labels is not None:
-                num_items = kwargs.get("num_items_in_batch")
-                share = 1.0 if num_items is None else (labels[..., 1:] != -100).sum().to(loss.device) / num_items
-                loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+                coefficient = self.config.router_aux_loss_coef
+                loss = add_balance_loss(loss, aux_loss, coefficient, labels, kwargs.get("num_items_in_batch"))
         return MoeLlavaCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from ..llava_mole.layers_llava_mole import balance_loss
+from ..llava_mole.layers_llava_mole import balance_loss, check_routers_learn
+from ..llava_uhd.shared_llava_uhd import add_balance_loss as add_to_loss
+from ..llava_uhd.shared_llava_uhd import counted_tokens
 
 
 @dataclass
@@ -44,11 +46,12 @@ class RouterRecording:
     def __init__(self) -> None:
         self.adapter_name = ""
         self.logits: list[torch.Tensor] = []
-        self.is_trained = False
+        self.are_trained: list[bool] = []
 
     def append(self, adapter_name: str, logits: torch.Tensor, is_trained: bool) -> None:
-        self.adapter_name, self.is_trained = adapter_name, is_trained
+        self.adapter_name = adapter_name
         self.logits.append(logits)
+        self.are_trained.append(is_trained)
 
 
 class _ThreadState(threading.local):
@@ -74,28 +77,16 @@ def add_balance_loss(model: Any, args: tuple, kwargs: dict[str, Any], outputs: A
     recording, STATE.recording = STATE.recording, None
     if outputs is None or recording is None or not recording.logits:
         return None
-    if (
-        recording.is_trained
-        and torch.is_grad_enabled()
-        and not all(logits.requires_grad for logits in recording.logits)
-    ):
-        raise ValueError(
-            "The routers would not learn from the balance loss: reentrant gradient checkpointing keeps no graph of "
-            'what a layer computes beside its output. Use `gradient_checkpointing_kwargs={"use_reentrant": False}`.'
-        )
+    check_routers_learn(recording.logits, recording.are_trained)
     arguments = _arguments(model, args, kwargs)
     config = model.peft_config[recording.adapter_name]
-    counted, length = arguments.get("attention_mask"), recording.logits[0].shape[1]
-    # Other masks do not tell which tokens are padding.
-    counted = counted[:, -length:] if isinstance(counted, torch.Tensor) and counted.ndim == 2 else None
+    counted = counted_tokens(arguments.get("attention_mask"), recording.logits[0].shape[1])
     unweighted = balance_loss(tuple(recording.logits), counted, config.balance_loss)
 
     loss = outputs[0]
     unweighted = unweighted.to(loss.device)
-    # As the task's loss, gradient accumulation averages it over labels.
-    num_items, labels = arguments.get("num_items_in_batch"), arguments["labels"]
-    share = 1.0 if num_items is None else (labels[..., 1:] != -100).sum().to(loss.device) / num_items
-    loss = loss + config.balance_loss_coef * share * unweighted
+    num_items = arguments.get("num_items_in_batch")
+    loss = add_to_loss(loss, unweighted, config.balance_loss_coef, arguments["labels"], num_items)
     if isinstance(outputs, tuple):
         return (loss, *outputs[1:])
     return _with_balance_loss(outputs, loss, unweighted, model.training)
