@@ -26,6 +26,8 @@ class BuildWithExportedFiles(build_py):
 
 PLOT = ["matplotlib>=3.8"]
 TRAIN = ["accelerate>=1.1", "peft>=0.21"]
+# Of examples/training/trl_sft.py, and for data that is a `datasets.Dataset`
+TRL = ["datasets>=4.7", "trl>=1.16"]
 
 setup(
     name="llava-family",
@@ -69,9 +71,11 @@ setup(
         "plot": PLOT,
         "quantise": ["torchao>=0.18,<0.19"],
         "train": TRAIN,
+        "trl": [*TRAIN, *TRL],
         "dev": [
             *PLOT,
             *TRAIN,
+            *TRL,
             "httpx",
             "hypothesis",
             "mypy",
