@@ -21,7 +21,7 @@ from llava_family.llava_uhd.configuration_llava_uhd import LlavaUhdConfig
 from llava_family.llava_uhd.modeling_llava_uhd import LlavaUhdForConditionalGeneration
 from llava_family.moe_llava.configuration_moe_llava import MoeLlavaConfig, MoeLlavaPhiConfig, MoeLlavaQwen2Config
 from llava_family.moe_llava.modeling_moe_llava import MoeLlavaForCausalLM
-from llava_family.training.upcycling import freeze_for_moe_tuning, upcycle
+from llava_family.training import freeze_for_moe_tuning, upcycle
 
 
 TEXT = {

@@ -1,4 +1,4 @@
-"""Makes a sparse model of a dense one, and freezes it as MoE-LLaVA's third stage of training does.
+"""Makes a sparse model of a dense one.
 
 The experts begin as exact copies of the dense feed-forward network, so the sparse model begins where the dense one
 ended (paper, section 3.3: "MoE-tuning"). The router begins at random, as in the released code.
@@ -102,24 +102,6 @@ def upcycle(
     if getattr(model, "generation_config", None) is not None:
         sparse.generation_config = copy.deepcopy(model.generation_config)
     return sparse.train(model.training)
-
-
-def freeze_for_moe_tuning(model: MoeLlavaForCausalLM) -> list[str]:
-    """Makes trainable what the third stage trains, and freezes the rest.
-
-    As the released code does: the feed-forward networks of all layers, those without experts too, the routers, and
-    what lies between vision tower and text model. The paper's text names the experts alone.
-
-    Returns:
-        `list[str]`: Names of the trainable parameters.
-    """
-    trainable = []
-    for name, parameter in model.named_parameters():
-        is_ffn = "language_model.layers." in name and ".mlp." in name
-        parameter.requires_grad_(is_ffn or ".multi_modal_projector." in name or ".resampler." in name)
-        if parameter.requires_grad:
-            trainable.append(name)
-    return trainable
 
 
 def _check_weights(model: PreTrainedModel) -> None:
@@ -261,4 +243,4 @@ def _take_buffers(sparse: MoeLlavaForCausalLM, model: PreTrainedModel) -> None:
             sparse.get_submodule(parent)._buffers[own_name] = buffers[name]
 
 
-__all__ = ["freeze_for_moe_tuning", "upcycle"]
+__all__ = ["upcycle"]

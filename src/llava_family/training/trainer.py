@@ -1,0 +1,121 @@
+"""`Trainer` for vision-language models: order of samples, learning rates, and micro-batches without images."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from .arguments import LlavaTrainingArguments
+from .balance_loss import BalanceLossCallback
+from .freezing import is_connector
+from .sampling import ModalityLengthSampler
+
+
+class LlavaTrainer(Trainer):
+    """`Trainer` with the options of [`LlavaTrainingArguments`], which logs the balance loss of models that have one.
+
+    In a micro-batch without images, a blank one is encoded and counts nothing, as in the originals: otherwise the
+    processes of a distributed training would wait for each other's gradients of vision tower and projector.
+    """
+
+    args: LlavaTrainingArguments
+    _has_projector_groups = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, LlavaTrainingArguments):
+            raise ValueError(f"`args` must be `LlavaTrainingArguments`, but is a {type(self.args).__name__}.")
+        if not any(isinstance(callback, BalanceLossCallback) for callback in self.callback_handler.callbacks):
+            BalanceLossCallback().add_to(self)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.args.group_by_modality_length:
+            return super()._get_train_sampler(dataset)
+        lengths = getattr(dataset, "modality_lengths", None)
+        if lengths is None:
+            raise ValueError(
+                "With `group_by_modality_length` the data set must have `modality_lengths`, as a "
+                f"`ConversationDataset` has, but it is a {type(dataset).__name__}."
+            )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ModalityLengthSampler(lengths, step_size, seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer`'s, with parameters between vision tower and text model in groups of their own.
+
+        Raises:
+            ValueError: if `projector_learning_rate` is set, but the optimizer was given to the trainer or is
+                DeepSpeed's.
+        """
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = self.args.projector_learning_rate
+        if rate is None:
+            return optimizer
+        if is_new:
+            set_projector_learning_rate(self.model if model is None else model, optimizer, rate)
+            self._has_projector_groups = True
+        elif not self._has_projector_groups:
+            raise ValueError(
+                "`projector_learning_rate` needs the optimizer that this trainer creates, but another one was given. "
+                "Leave it, or the `optimizer` of DeepSpeed's configuration, out."
+            )
+        return optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "pixel_values" in inputs or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with encode_blank_image(self.accelerator.unwrap_model(model)):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def set_projector_learning_rate(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Puts what lies between vision tower and text model into groups of its own, behind those of the rest."""
+    connectors = {id(parameter) for name, parameter in model.named_parameters() if is_connector(name)}
+    groups = []
+    for own in ({}, {"lr": rate}):
+        for group in optimizer.param_groups:
+            parameters = [parameter for parameter in group["params"] if (id(parameter) in connectors) == bool(own)]
+            if parameters:
+                groups.append({**group, "params": parameters, **own})
+    optimizer.param_groups[:] = groups
+
+
+@contextlib.contextmanager
+def encode_blank_image(model: nn.Module) -> Iterator[None]:
+    """Lets a model encode a blank image in every forward, without any influence on the result."""
+    part = next((part for part in model.modules() if hasattr(part, "vision_tower")), None)
+    if part is None:  # a text model
+        yield
+        return
+
+    def add_nothing(module: Any, args: tuple, outputs: Any) -> Any:
+        features = module.get_image_features(**blank_image(module), return_dict=True).pooler_output
+        hidden_states = outputs.last_hidden_state
+        outputs.last_hidden_state = hidden_states + 0 * sum(one.sum() for one in features).to(hidden_states)
+        return outputs
+
+    handle = part.register_forward_hook(add_nothing)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def blank_image(model: Any) -> dict[str, torch.Tensor]:
+    """The smallest inputs of an image."""
+    config, parameter = model.config.vision_config, next(model.vision_tower.parameters())
+    options = {"dtype": parameter.dtype, "device": parameter.device}
+    if hasattr(model, "resampler"):
+        patches = torch.zeros(1, config.num_channels * config.patch_size**2, **options)
+        return {"pixel_values": patches, "image_grids": torch.tensor([[[0, 0], [0, 0], [1, 1]]])}
+    return {"pixel_values": torch.zeros(1, config.num_channels, config.image_size, config.image_size, **options)}
+
+
+__all__ = ["LlavaTrainer"]
