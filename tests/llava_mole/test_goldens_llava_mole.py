@@ -5,8 +5,9 @@ import torch
 
 from llava_family import LlavaMoleForCausalLM
 from llava_family.llava_mole.layers_llava_mole import balance_loss
+from llava_family.training import ConversationCollator, ConversationDataset
 
-from .conftest import set_routing
+from .conftest import FIXTURES, PLACEHOLDER, set_routing
 
 
 CASES = (0, 1, 2)
@@ -106,6 +107,47 @@ def test_processor_and_model_together(goldens, golden_model, processor, mode, ca
     generated = golden_model.generate(**inputs, max_new_tokens=len(expected) - 1)
     answer = generated[0, inputs["input_ids"].shape[1] :]
     assert [1, *answer.tolist()] == expected
+
+
+def unpadded(tensor, mask):
+    return [row[is_token.bool()].tolist() for row, is_token in zip(tensor, mask, strict=True)]
+
+
+def test_training_batch(goldens, processor):
+    """Labels, and the ids that they belong to, are the original's; so is the extra space before the last answer."""
+    train = goldens.metadata["train"]
+    samples = []
+    for sample in train["samples"]:
+        first, *others = sample["messages"]
+        image = None if sample["image"] is None else goldens.cases[sample["image"]]["image"]
+        question = {**first, "content": ("<image>\n" if image else "") + first["content"]}
+        answer = {"role": "assistant", "content": sample["answer"]}
+        samples.append({"images": image, "messages": [question, *others, answer]})
+    dataset = ConversationDataset(samples, FIXTURES)
+    batch = ConversationCollator(processor)([dataset[index] for index in range(3)])
+
+    actual = unpadded(batch["labels"], batch["attention_mask"])
+    expected = unpadded(goldens["train.labels"], goldens["train.attention_mask"])
+    ids = unpadded(batch["input_ids"], batch["attention_mask"])
+    features = [processor.image_token_id] * processor.num_image_tokens
+    assert actual[0] == expected[0]
+    prompt = train["instruction_ids"][0]
+    start = prompt.index(PLACEHOLDER)
+    assert ids[0] == prompt[:start] + features + prompt[start + 1 :] + train["answer_ids"][0]
+    # The original puts a masked blank image into a text, which splits a space off the question. Ours comes without.
+    space = processor.tokenizer.convert_tokens_to_ids("\u2581")
+    prompt = train["instruction_ids"][1]
+    start = prompt.index(PLACEHOLDER)
+    assert prompt[start - 1] == space
+    assert ids[1] == prompt[: start - 1] + prompt[start + 1 :] + train["answer_ids"][1]
+    assert actual[1] == expected[1][:1] + expected[1][2:]
+    # These ids of the second turn are of a turn by itself; ours are those of the prompts that the original makes.
+    assert [label for label in actual[2] if label != -100] == [label for label in expected[2] if label != -100]
+    first_turn = expected[2].index(processor.tokenizer.eos_token_id) + 1
+    assert actual[2][:first_turn] == expected[2][:first_turn]
+    assert ids[2][-4 - 3 :] == [*train["instruction_ids"][2][-3:], *train["answer_ids"][2]]
+    for row, row_ids in zip(actual, ids, strict=True):
+        assert all(label in (-100, token) for label, token in zip(row, row_ids, strict=True))
 
 
 def training_inputs(goldens, model):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llava_family.llava_uhd.modeling_llava_uhd import pooling_size, region_sampling_weights
+from llava_family.training import ConversationCollator, ConversationDataset
 
 from .conftest import FIXTURES, METADATA_CASES
 
@@ -127,48 +128,25 @@ def test_generation(goldens, golden_model, golden_processor, name):
         assert searched[0, inputs["input_ids"].shape[1] :].tolist() == expected
 
 
-def conversation_to_messages(conversation):
-    """The data set's format; training moves the image to the front of its message."""
-    messages = []
-    for turn in conversation:
-        text, has_image = turn["value"].replace("<image>", "").strip(), "<image>" in turn["value"]
-        content = ([{"type": "image"}] if has_image else []) + [{"type": "text", "text": text}]
-        messages.append({"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": content})
-    return messages
-
-
 def training_batch(goldens, processor, name):
-    """Inputs and labels of a training case: `v1` learns answers, `plain` everything behind the image."""
+    """A training case, from entries of a data set to the model's inputs and labels."""
     case = goldens.case(name)
-    images = [[image] for image in goldens.images(name)]
-    arguments = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
-    if case["template"] == "plain":
-        texts = ["<image>" + conversation[1]["value"] + "\n" for conversation in case["conversations"]]
-        batch = processor(images=images, text=texts, images_kwargs={"max_slices": 1}, **arguments)
-        labels = batch["input_ids"].clone()
-        ignored = (labels == processor.image_token_id) | (labels == processor.tokenizer.bos_token_id)
-        labels[ignored | (batch["attention_mask"] == 0)] = -100
-        return {**batch, "labels": labels}
-    conversations = [conversation_to_messages(conversation) for conversation in case["conversations"]]
-    images = iter(goldens.images(name))
-    for message in (message for messages in conversations for message in messages):
-        for item in message["content"]:
-            if item["type"] == "image":
-                item["image"] = next(images)
-    batch = processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        processor_kwargs=arguments,
-    )
-    assistant = torch.as_tensor(batch.pop("assistant_masks")).bool()
-    return {**batch, "labels": batch["input_ids"].masked_fill(~assistant, -100)}
+    samples = [
+        {"conversations": conversation, "image": image}
+        for conversation, image in zip(case["conversations"], case["images"], strict=True)
+    ]
+    dataset = ConversationDataset(samples, FIXTURES / "images")
+    template = {"v1": "chat", "plain": "plain"}[case["template"]]
+    collator = ConversationCollator(processor, template, images_kwargs={"max_slices": 1} if case["single"] else None)
+    return collator([dataset[index] for index in range(len(dataset))])
 
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_labels(goldens, golden_processor, name):
     batch = training_batch(goldens, golden_processor, name)
+    original_ids = goldens[f"{name}.input_ids"][goldens[f"{name}.attention_mask"].bool()].tolist()
+    expected = goldens.merged_ids(name, original_ids, golden_processor.image_token_id)
+    assert batch["input_ids"][batch["attention_mask"].bool()].tolist() == expected
     torch.testing.assert_close(batch["labels"].int(), goldens[f"{name}.merged_labels"])
     torch.testing.assert_close(batch["attention_mask"].int(), goldens[f"{name}.merged_attention_mask"])
     assert (batch["labels"] != -100).sum() == goldens.case(name)["num_label_tokens"]

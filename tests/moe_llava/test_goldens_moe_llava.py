@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from llava_family import MoeLlavaProcessor
 from llava_family.moe_llava import modeling_moe_llava
 from llava_family.moe_llava.modeling_moe_llava import route_tokens
+from llava_family.training import ConversationCollator, ConversationDataset
 
 from .conftest import load
 
@@ -119,28 +121,71 @@ def test_sampled_second_expert(variant, checkpoint, recorded_noise):
     assert_routing(variant, model, "eval_gumbel", outputs.router_logits)
 
 
+def collate(variant, samples, template="chat"):
+    """Entries of a data set, with images of the variant's folder, as a batch."""
+    dataset = ConversationDataset(samples, variant.folder)
+    collator = ConversationCollator(MoeLlavaProcessor.from_pretrained(variant.original), template)
+    return collator([dataset[index] for index in range(len(dataset))])
+
+
+def training_batch(variant):
+    conversations = enumerate(variant.metadata["train_conversations"])
+    return collate(variant, [{"image": f"image_{i}.png", "conversations": turns} for i, turns in conversations])
+
+
+def test_training_batch(variant):
+    batch, image_token_id = training_batch(variant), variant.metadata["variant"]["tokenizer"]["len_tokenizer"]
+    assert torch.equal(batch["pixel_values"], variant["pixel_values"])
+    for row, ids in enumerate(variant["train.input_ids"]):
+        is_image = ids == -200
+        expected = {
+            "input_ids": (ids, image_token_id),
+            "labels": (variant["train.labels"][row], -100),
+            "attention_mask": (variant["train.attention_mask"][row].long(), 1),
+        }
+        for name, (values, at_image) in expected.items():
+            merged = variant.merged(values.masked_fill(is_image, -200), at_image)[0]
+            assert torch.equal(batch[name][row], merged), name
+    assert (batch["labels"] != -100).any(dim=1).all()
+
+
+def conversation_of(question, answer):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def test_training_batch_of_text(variant):
+    ids = variant["train_text.input_ids"]
+    prompt = MoeLlavaProcessor.from_pretrained(variant.original).decode(ids)
+    question, answer = prompt.split("USER: ")[1].removesuffix("<|endoftext|>").split(" ASSISTANT: ")
+    batch = collate(variant, [{"conversations": conversation_of(question, answer)}])
+    assert torch.equal(batch["input_ids"][0], ids)
+    assert torch.equal(batch["labels"][0], variant["train_text.labels"])
+    assert batch["attention_mask"].all() and set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_first_stage_batch(variant):
+    ids = variant["stage1_plain.input_ids"]
+    caption = MoeLlavaProcessor.from_pretrained(variant.original).decode(ids[1:]).removesuffix("\n")
+    conversation = conversation_of("Describe the image.\n<image>", caption)
+    batch = collate(variant, [{"image": "image_0.png", "conversations": conversation}], "plain")
+    image_token_id = variant.metadata["variant"]["tokenizer"]["len_tokenizer"]
+    assert torch.equal(batch["input_ids"], variant.merged(ids, image_token_id))
+    labels = variant["stage1_plain.labels"].masked_fill(ids == -200, -200)
+    assert torch.equal(batch["labels"], variant.merged(labels, -100))
+
+
 def training_inputs(variant, model):
     """The collator's batch as the original spliced it: padding is zero embeddings, at positions of its own."""
-    token, rows, labels = model.config.image_token_id, [], []
-    for ids, row_labels, mask in zip(
-        variant["train.input_ids"], variant["train.labels"], variant["train.attention_mask"].bool(), strict=True
-    ):
-        rows.append(variant.merged(ids[mask], token)[0])
-        expanded = torch.full_like(rows[-1], -100)
-        expanded[rows[-1] != token] = row_labels[mask][ids[mask] != -200]
-        labels.append(expanded)
-    length = max(map(len, rows))
-    lengths = torch.tensor([len(row) for row in rows])
-    padded = torch.stack([torch.nn.functional.pad(row, (0, length - len(row))) for row in rows])
-    mask = (torch.arange(length) < lengths[:, None]).long()
-    features = torch.cat(model.get_image_features(variant["pixel_values"]).pooler_output)
-    is_image = padded == token
-    embeddings = model.get_input_embeddings()(padded.masked_fill(is_image, 0)) * mask[..., None]
+    batch, token = training_batch(variant), model.config.image_token_id
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output)
+    is_image = ids == token
+    embeddings = model.get_input_embeddings()(ids.masked_fill(is_image, 0)) * mask[..., None]
     return {
         "inputs_embeds": embeddings.masked_scatter(is_image[..., None], features),
         "attention_mask": mask,
-        "position_ids": torch.arange(length).expand(len(rows), -1),
-        "labels": torch.stack([torch.nn.functional.pad(row, (0, length - len(row)), value=-100) for row in labels]),
+        "position_ids": torch.arange(ids.shape[1]).expand(len(ids), -1),
+        "labels": batch["labels"],
     }
 
 
