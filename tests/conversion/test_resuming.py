@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections import namedtuple
 from contextlib import suppress
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from llava_family.conversion import (
     CheckpointReader,
@@ -382,11 +384,32 @@ def in_child(function):
         status = 1
         try:
             torch.set_num_threads(1)  # a pool of threads does not survive a fork
+            # tqdm's own lock is shared with forked processes: killed while it holds it, a child would take it along.
+            tqdm.set_lock(threading.RLock())
             function()
             status = 0
         finally:
             os._exit(status)
     return child
+
+
+def test_killed_children_leave_the_lock_of_progress_bars(tmp_path):
+    def hold():
+        tqdm.get_lock().acquire()
+        (tmp_path / "holds").touch()
+        time.sleep(60)
+
+    locks = tqdm.get_lock().locks  # made before the fork, as by any progress bar
+    child = in_child(hold)
+    while not (tmp_path / "holds").exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    acquired = [lock.acquire(True, 5) for lock in locks]
+    for lock, held in zip(locks, acquired, strict=True):
+        if held:
+            lock.release()
+    assert all(acquired)
 
 
 def slowly(name):
