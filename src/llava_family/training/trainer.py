@@ -12,7 +12,7 @@ from transformers import Trainer
 from .arguments import LlavaTrainingArguments
 from .balance_loss import BalanceLossCallback
 from .freezing import is_connector
-from .sampling import ModalityLengthSampler
+from .sampling import EpochCallback, ModalityLengthSampler, ShuffledSampler
 
 
 class LlavaTrainer(Trainer):
@@ -20,6 +20,8 @@ class LlavaTrainer(Trainer):
 
     In a micro-batch without images, a blank one is encoded and counts nothing, as in the originals: otherwise the
     processes of a distributed training would wait for each other's gradients of vision tower and projector.
+
+    Checkpoints have the model's own names of weights, not an original release's, which `model.save_pretrained` writes.
     """
 
     args: LlavaTrainingArguments
@@ -31,20 +33,23 @@ class LlavaTrainer(Trainer):
             raise ValueError(f"`args` must be `LlavaTrainingArguments`, but is a {type(self.args).__name__}.")
         if not any(isinstance(callback, BalanceLossCallback) for callback in self.callback_handler.callbacks):
             BalanceLossCallback().add_to(self)
+        self._epochs = EpochCallback()
+        self.add_callback(self._epochs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not self.args.group_by_modality_length:
+        if self.args.train_sampling_strategy != "random" or not hasattr(dataset, "__len__"):
             return super()._get_train_sampler(dataset)
-        lengths = getattr(dataset, "modality_lengths", None)
-        if lengths is None:
-            raise ValueError(
-                "With `group_by_modality_length` the data set must have `modality_lengths`, as a "
-                f"`ConversationDataset` has, but it is a {type(dataset).__name__}."
-            )
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return ModalityLengthSampler(lengths, step_size, seed)
+        if self.args.group_by_modality_length:
+            self._epochs.sampler = ModalityLengthSampler(modality_lengths_of(dataset), self._step_size, seed)
+        else:
+            self._epochs.sampler = ShuffledSampler(len(dataset), seed)
+        return self._epochs.sampler
+
+    @property
+    def _step_size(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As `Trainer`'s, with parameters between vision tower and text model in groups of their own.
@@ -68,11 +73,32 @@ class LlavaTrainer(Trainer):
             )
         return optimizer
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # A model that was made from an original checkpoint is written as one, but Trainer cannot read that back when it
+        # resumes: it would go on with the weights at hand, https://github.com/huggingface/transformers/issues/48805
+        model = self.accelerator.unwrap_model(self.model)
+        conversions = getattr(model, "_weight_conversions", None)
+        model._weight_conversions = []
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            model._weight_conversions = conversions
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "pixel_values" in inputs or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with encode_blank_image(self.accelerator.unwrap_model(model)):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def modality_lengths_of(dataset: Any) -> list[int]:
+    lengths = getattr(dataset, "modality_lengths", None)
+    if lengths is None:
+        raise ValueError(
+            "With `group_by_modality_length` the data set must have `modality_lengths`, as a `ConversationDataset` "
+            f"has, but it is a {type(dataset).__name__}."
+        )
+    return lengths
 
 
 def set_projector_learning_rate(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -90,18 +116,19 @@ def set_projector_learning_rate(model: nn.Module, optimizer: torch.optim.Optimiz
 @contextlib.contextmanager
 def encode_blank_image(model: nn.Module) -> Iterator[None]:
     """Lets a model encode a blank image in every forward, without any influence on the result."""
-    part = next((part for part in model.modules() if hasattr(part, "vision_tower")), None)
+    part: Any = next((part for part in model.modules() if hasattr(part, "vision_tower")), None)
     if part is None:  # a text model
         yield
         return
 
-    def add_nothing(module: Any, args: tuple, outputs: Any) -> Any:
-        features = module.get_image_features(**blank_image(module), return_dict=True).pooler_output
-        hidden_states = outputs.last_hidden_state
-        outputs.last_hidden_state = hidden_states + 0 * sum(one.sum() for one in features).to(hidden_states)
-        return outputs
+    def add_nothing(language_model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        features = part.get_image_features(**blank_image(part), return_dict=True).pooler_output
+        embeddings = kwargs["inputs_embeds"]
+        # Where the features of an image enter, for sharded layers must reduce their gradients in the same order.
+        nothing = 0 * sum(one.sum() for one in features)
+        return args, {**kwargs, "inputs_embeds": embeddings + nothing.to(embeddings)}
 
-    handle = part.register_forward_hook(add_nothing)
+    handle = part.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
     try:
         yield
     finally:
