@@ -74,7 +74,7 @@ class LlavaTrainer(Trainer):
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # A model that was made from an original checkpoint is written as one, but Trainer cannot read that back when it
+        # A model that came from an original checkpoint is written as one, but Trainer cannot read that back when it
         # resumes: it would go on with the weights at hand, https://github.com/huggingface/transformers/issues/48805
         model = self.accelerator.unwrap_model(self.model)
         conversions = getattr(model, "_weight_conversions", None)
