@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 from llava_family import LlavaUhdForConditionalGeneration
+from llava_family.mole import MoleConfig, get_mole_model
 from llava_family.training import BalanceLossCallback, LlavaTrainer, LlavaTrainingArguments
 from llava_family.training.trainer import encode_blank_image
 
@@ -207,6 +208,24 @@ def test_options_that_exclude_each_other(tmp_path):
         trainer.train()
     with pytest.raises(ValueError, match="`args` must be `LlavaTrainingArguments`, but is a TrainingArguments"):
         LlavaTrainer(model=trainer.model, args=TrainingArguments(output_dir=tmp_path, use_cpu=True))
+
+
+def test_adapters_train_and_resume(tmp_path):
+    """LoRA experts put on a model by PEFT."""
+
+    def adapted(seed):
+        model = tiny_model("llava_uhd")
+        torch.manual_seed(seed)
+        return get_mole_model(model, MoleConfig(r=4, lora_alpha=8, lora_dropout=0.1))
+
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer("llava_uhd", tmp_path / "whole", model=adapted(0), **options)
+    whole.train()
+    resumed = make_trainer("llava_uhd", tmp_path / "resumed", model=adapted(1), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses_of(resumed) == losses_of(whole)
+    assert_equal_weights(resumed.model, whole.model)
+    assert whole.state.log_history[0]["balance_loss"] > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

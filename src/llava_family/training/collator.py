@@ -81,13 +81,10 @@ class ConversationCollator:
         if (labels[1:] == IGNORED).all():
             raise ValueError(
                 f"Sample {sample['id']!r} has nothing to learn in its first {self.max_length} tokens: raise "
-                "`max_length`, or leave it out."
+                "`max_length`, or leave it out. An own chat template must mark answers with `{% generation %}`."
             )
-        return (
-            ids,
-            labels,
-            {name: inputs[name] for name in self.processor.image_processor.model_input_names if name in inputs},
-        )
+        image_names = self.processor.image_processor.model_input_names
+        return ids, labels, {name: inputs[name] for name in image_names if name in inputs}
 
     def _truncate(self, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if (ids[self.max_length :] == self.processor.image_token_id).any():
