@@ -19,7 +19,7 @@ class LlavaTrainer(Trainer):
     """`Trainer` with the options of [`LlavaTrainingArguments`], which logs the balance loss of models that have one.
 
     In a micro-batch without images, a blank one is encoded and counts nothing, as in the originals: otherwise the
-    processes of a distributed training would wait for each other's gradients of vision tower and projector.
+    processes of a distributed training would wait for each other at the vision tower and the projector.
 
     Checkpoints have the model's own names of weights, not an original release's, which `model.save_pretrained` writes.
     """
@@ -85,7 +85,7 @@ class LlavaTrainer(Trainer):
             model._weight_conversions = conversions
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if "pixel_values" in inputs or not model.training:
+        if "pixel_values" in inputs:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with encode_blank_image(self.accelerator.unwrap_model(model)):
             return super().compute_loss(model, inputs, *args, **kwargs)
