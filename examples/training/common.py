@@ -74,9 +74,6 @@ def load_checkpoint(
 ) -> tuple[Any, Any]:
     """The model of an earlier stage, converted or as the original code wrote it, and its processor."""
     model = model_class.from_pretrained(checkpoint, **load_options(run, training), **kwargs)
-    # Trainer's checkpoints of a model that was read from an original release would have the original's names, which
-    # resuming does not know.
-    model._weight_conversions = []
     return model, AutoProcessor.from_pretrained(checkpoint)
 
 
@@ -93,13 +90,14 @@ class Task:
         model (`PreTrainedModel` or `PeftModel`): Frozen as the stage wants it.
         processor (`ProcessorMixin`): Its processor.
         images_kwargs (`dict`, *optional*): Settings of the image processor in this stage, such as `max_slices=1`.
-        merge (`Callable`, *optional*): Makes one model of an adapted one, to save it.
+        merge (`Callable`, *optional*): Makes the model to save of the trained weights, if it is another one. The model
+            at hand may be sharded.
     """
 
     model: Any
     processor: Any
     images_kwargs: dict[str, Any] = field(default_factory=dict)
-    merge: Callable[[Any], Any] | None = None
+    merge: Callable[[dict[str, torch.Tensor]], Any] | None = None
 
 
 def read_data(run: RunArguments, training: TrainingArguments) -> ConversationDataset:
@@ -129,6 +127,18 @@ def make_llava_trainer(
         data_collator=ConversationCollator(task.processor, run.template, run.max_length, task.images_kwargs),
         processing_class=task.processor,
     )
+
+
+def wrap_present_layers(trainer: Trainer) -> None:
+    """Lets FSDP split those layers that are there.
+
+    It splits what a model names in `_no_split_modules`, and refuses what it cannot find: in-tree CLIP and SigLIP name
+    parts of their text models (https://github.com/huggingface/peft/pull/3179).
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        present = {type(module).__name__ for module in trainer.model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(present.intersection(trainer.model._no_split_modules))
 
 
 def say_batch_size(dataset: ConversationDataset, training: TrainingArguments) -> None:
@@ -169,8 +179,7 @@ def write_model(task: Task, tensors: dict[str, torch.Tensor], dtype: torch.dtype
     """Saves a model with its gathered weights, all in the dtype that they were read in."""
     model = task.model
     if task.merge is not None:
-        model.load_state_dict(tensors, assign=True)
-        model = task.merge(model)
+        model = task.merge(tensors)
         tensors = model.state_dict()
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     model.config.dtype = dtype
@@ -206,12 +215,15 @@ def start(
     )
     with input_errors(parser):
         run, training, *others = parse(parser, smoke.settings, sys.argv[1:] if words is None else words)
-        set_seed(training.seed)
         if run.smoke:
+            set_seed(training.seed)
             smoke.provide(run, others)
         dataset = read_data(run, training)
         if training.process_index == 0:
             say_batch_size(dataset, training)
+        # Here, where all processes have as much behind them: FSDP splits what each of them initialises, and does not
+        # compare.
+        set_seed(training.seed)
         task = build(run, training, *others)
         if run.smoke:
             smoke.remember(task.model, others)
@@ -219,6 +231,7 @@ def start(
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         trainer = make_trainer(task, dataset, run, training)
+        wrap_present_layers(trainer)
     checkpoint = last_checkpoint(run_folder(run.output)) if run.resume else None
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     save(trainer, task, run)

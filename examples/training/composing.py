@@ -40,12 +40,15 @@ class PartsArguments:
     vision_tower: str | None = field(default=None, metadata={"help": "CLIP, or SigLIP for MoE-LLaVA"})
 
 
-def compose_llava_uhd(parts: PartsArguments, num_queries: int = 144, **options: Any) -> tuple[Any, Any]:
+def compose_llava_uhd(
+    parts: PartsArguments, num_queries: int = 144, num_heads: int | None = None, **options: Any
+) -> tuple[Any, Any]:
     """LLaVA-UHD with a new resampler, and its processor.
 
     Args:
         parts (`PartsArguments`): Any causal language model, and CLIP.
         num_queries (`int`, *optional*, defaults to 144): Features of a view.
+        num_heads (`int`, *optional*): Of the resampler; by default the text model's width divided by 128.
         options (*optional*): `dtype` and `attn_implementation`.
 
     Raises:
@@ -62,6 +65,7 @@ def compose_llava_uhd(parts: PartsArguments, num_queries: int = 144, **options: 
         text_config=text.config,
         vision_config=vision_config,
         num_queries=num_queries,
+        resampler_num_attention_heads=num_heads,
         image_token_id=processor.image_token_id,
     )
     return compose(LlavaUhdForConditionalGeneration, config, text, tower, options), processor

@@ -7,8 +7,9 @@ among them; the plain LoRA is merged into the weights.
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from common import Task, load_checkpoint, start
-from composing import compose_llava_mole
+from composing import compose_llava_mole, refuse_sharded_loading
 from peft import LoraConfig, get_peft_model
 from settings import ModelArguments, RunArguments
 from smoke import SmokeTest
@@ -53,9 +54,18 @@ def build(
         return Task(model, processor)
     if method.method != "lora":
         raise ValueError(f"`--method` must be 'mole' or 'lora', but is {method.method!r}.")
-    dense, processor = load_checkpoint(LlavaMoleForCausalLM, source.model, run, training)
-    model = get_peft_model(dense, lora_config(experts))
-    return Task(model, processor, merge=lambda adapted: adapted.merge_and_unload())
+    refuse_sharded_loading()
+
+    def load() -> tuple[Any, Any]:
+        dense, processor = load_checkpoint(LlavaMoleForCausalLM, source.model, run, training)
+        return get_peft_model(dense, lora_config(experts)), processor
+
+    def merge(tensors: dict[str, torch.Tensor]) -> Any:
+        model, _ = load()
+        model.load_state_dict(tensors)
+        return model.merge_and_unload()
+
+    return Task(*load(), merge=merge)
 
 
 def with_experts(config: LlavaMoleConfig, experts: ExpertArguments) -> LlavaMoleConfig:

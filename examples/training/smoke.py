@@ -6,7 +6,6 @@ trains what it shall train and nothing else; not that the model learns to see.
 
 import json
 import math
-import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from composing import PartsArguments
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -66,29 +66,32 @@ class SmokeTest:
     def provide(self, run: Any, arguments: Sequence[Any]) -> None:
         """Fills in the data, the model or its parts, and the output, unless they are given.
 
-        Raises:
-            ValueError: if several processes would each write an output of their own.
+        One process writes them, for all of those on this machine.
         """
-        self._temporary = tempfile.TemporaryDirectory(prefix="llava-family-smoke-")
-        folder = Path(self._temporary.name)
-        if run.output is None:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise ValueError("With several processes, `--smoke` needs an `--output` for all of them.")
-            run.output = str(folder / "trained")
+        is_distributed = torch.distributed.is_initialized()
+        if not is_distributed or torch.distributed.get_rank() == 0:
+            self._temporary = tempfile.TemporaryDirectory(prefix="llava-family-smoke-")
+            self._fill_in(Path(self._temporary.name), run, arguments)
+        filled = [vars(run), *(vars(each) for each in arguments)]
+        if is_distributed:
+            torch.distributed.broadcast_object_list(filled)
+        for each, values in zip([run, *arguments], filled, strict=True):
+            vars(each).update(values)
+
+    def _fill_in(self, folder: Path, run: Any, arguments: Sequence[Any]) -> None:
+        run.output = run.output or str(folder / "trained")
         if run.data is None:
-            draw_conversations(
-                folder / "images", folder / "conversations.json", getattr(run, "template", "chat") == "plain"
-            )
+            captions_only = getattr(run, "template", "chat") == "plain"
+            draw_conversations(folder / "images", folder / "conversations.json", captions_only)
             run.data, run.image_folder = str(folder / "conversations.json"), str(folder / "images")
         for each in arguments:
             if getattr(each, "language_model", "") is None:
                 each.language_model, each.vision_tower = save_parts(folder)
             if getattr(each, "model", "") is None:
-                each.model = self._save_model(folder, each)
+                each.model = self._save_model(folder)
 
-    def _save_model(self, folder: Path, arguments: Any) -> str:
-        arguments.language_model, arguments.vision_tower = save_parts(folder)
-        for part in self.compose(arguments):
+    def _save_model(self, folder: Path) -> str:
+        for part in self.compose(PartsArguments(*save_parts(folder))):
             part.save_pretrained(folder / "model")
         return str(folder / "model")
 

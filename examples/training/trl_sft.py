@@ -1,10 +1,10 @@
 """Tunes a sparse MoE-LLaVA further with TRL's SFTTrainer: experts, routers and the projector learn to answer.
 
-What TRL needs of a family is there: a processor whose chat template marks answers (`assistant_only_loss`), and a
-configuration that tells of experts. Two things differ from its defaults:
-- TRL computes the balance loss by itself, as Mixtral defines it: over all layers at once, and with every expert that a
-  token is sent to. MoE-LLaVA's is the mean of the layers', with the first expert. `SftTrainer` takes the model's own.
-- `max_length` would cut into images, so nothing is cut.
+Two things are ours and not TRL's:
+- The loss. TRL computes the balance loss by itself, as Mixtral defines it: over all layers at once, with every expert
+  that a token is sent to. MoE-LLaVA's is the sum of the layers', with the first expert.
+- The collator. TRL's, with `assistant_only_loss`, makes the same labels, but leaves out the token that begins a
+  sequence, where a tokenizer has one, and `max_length` cuts into images.
 """
 
 from typing import Any
@@ -18,7 +18,13 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from llava_family import MoeLlavaForCausalLM
-from llava_family.training import BalanceLossCallback, ConversationDataset, freeze_for_moe_tuning, upcycle
+from llava_family.training import (
+    BalanceLossCallback,
+    ConversationCollator,
+    ConversationDataset,
+    freeze_for_moe_tuning,
+    upcycle,
+)
 
 
 class SftTrainer(SFTTrainer):
@@ -33,24 +39,27 @@ class SftTrainer(SFTTrainer):
 def build(run: RunArguments, training: SFTConfig, source: ModelArguments) -> Task:
     model, processor = load_checkpoint(MoeLlavaForCausalLM, source.model, run, training)
     freeze_for_moe_tuning(model)
-    training.max_length = None
     return Task(model, processor)
 
 
 def make_trainer(task: Task, dataset: ConversationDataset, run: RunArguments, training: SFTConfig) -> SftTrainer:
     trainer = SftTrainer(
-        model=task.model, args=training, train_dataset=as_datasets(dataset), processing_class=task.processor
+        model=task.model,
+        args=training,
+        train_dataset=as_datasets(dataset),
+        data_collator=ConversationCollator(task.processor, max_length=training.max_length),
+        processing_class=task.processor,
     )
     BalanceLossCallback().add_to(trainer)
     return trainer
 
 
 def as_datasets(dataset: ConversationDataset) -> Dataset:
-    """Rows with `messages` and `images`, which are read when they are asked for."""
+    """Rows with `id`, `messages` and `images`, which are read when they are asked for."""
 
     def read(batch: dict[str, list]) -> dict[str, list]:
         items = [dataset[index] for index in batch["index"]]
-        return {name: [item[name] for item in items] for name in ("messages", "images")}
+        return {name: [item[name] for item in items] for name in ("id", "messages", "images")}
 
     return Dataset.from_dict({"index": list(range(len(dataset)))}).with_transform(read)
 
