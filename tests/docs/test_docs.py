@@ -209,6 +209,20 @@ def check_pip(arguments):
             assert requirement in pins
 
 
+def run_script(script, monkeypatch):
+    """As `python script` would: with modules beside it, of which those of other scripts may have the same names."""
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(script.parent))
+        before = set(sys.modules)
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        finally:
+            folder = script.resolve().parent
+            for name in set(sys.modules) - before:
+                if Path(getattr(sys.modules[name], "__file__", None) or "/").resolve().parent == folder:
+                    del sys.modules[name]
+
+
 def run_program(program, arguments, workspace, monkeypatch):
     output = workspace / arguments[arguments.index("--output") + 1] if "--output" in arguments else None
     if output is not None and output.is_symlink():
@@ -217,7 +231,7 @@ def run_program(program, arguments, workspace, monkeypatch):
     exit_code = 0
     try:
         if isinstance(program, Path):
-            runpy.run_path(str(program), run_name="__main__")
+            run_script(program, monkeypatch)
         else:
             program()
     except SystemExit as exit_request:
