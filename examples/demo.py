@@ -1,78 +1,106 @@
-"""`make demo`: converts the embedded tiny checkpoint, loads it with the Auto classes and asks it about two images."""
+"""Asks the miniatures about pictures that they have never seen, and draws what they do: `make demo`.
 
-import importlib.util
-import tempfile
+They are models of under a million parameters that examples/miniature trained by the papers' recipes. LLaVA-UHD reads
+small numbers in elongated pictures, which the same language model with LLaVA-1.5's square view cannot. MoE-LLaVA sends
+tokens to experts, and LLaVA-MoLE answers one question in the words of two domains.
+"""
+
+import argparse
+import json
 import time
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
-import llava_family  # noqa: F401  registers the family with the Auto classes
-
-
-ROOT = Path(__file__).parents[1]
-ORIGINAL = ROOT / "tests" / "fixtures" / "llava_uhd"
-IMAGES = [ROOT / "examples" / "images" / name for name in ("rocket.jpg", "wide_text.png")]
-QUESTION = "What is in this picture?"
+from llava_family import RoutingRecorder
+from llava_family.inspection.routing_plots import plot_domain_routing, plot_expert_loads, plot_image_routing
+from llava_family.inspection.slicing_plots import plot_slices
 
 
-def convert(output: Path) -> None:
-    """Runs the conversion script on a checkpoint in the original release's layout, 3 MB instead of 27 GB."""
-    script = ROOT / "conversion_scripts" / "convert_llava_uhd_weights_to_hf.py"
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.convert_llava_uhd_checkpoint(
-        str(ORIGINAL / "original_checkpoint"), str(output), vision_tower=str(ORIGINAL / "clip_vision_tower")
+EXAMPLES = Path(__file__).resolve().parent
+CHECKPOINTS = EXAMPLES / "miniature" / "checkpoints"
+PICTURES = EXAMPLES / "images" / "miniature"
+TITLES = {
+    "llava-uhd-miniature": "LLaVA-UHD, slices",
+    "llava-square-miniature": "LLaVA-1.5, square",
+    "moe-llava-miniature": "MoE-LLaVA",
+    "llava-mole-miniature": "LLaVA-MoLE",
+}
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """A checkpoint's model and processor."""
+    folder = CHECKPOINTS / name
+    return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+
+
+@torch.no_grad()
+def answer(model: Any, processor: Any, image: Image.Image, question: str) -> str:
+    """The model's greedy answer."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
+    generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def describe(image: Image.Image, name: str, processor) -> list[str]:
-    """What the slicing plan says about an image: the cells of a table row."""
-    plan = processor.image_processor.slice_plan(*image.size)
-    slices = f"{plan.columns}x{plan.rows} of {plan.slice_size[0]}x{plan.slice_size[1]}" if plan.slice_size else "none"
-    overview = f"{plan.overview_size[0]}x{plan.overview_size[1]}"
-    tokens = plan.num_tokens(processor.num_queries)
-    return [name, f"{image.width}x{image.height}", slices, overview, str(plan.num_views), str(tokens)]
+def ask(models: dict[str, tuple[Any, Any]], questions: list[dict[str, str]]) -> Table:
+    """A table of what several models answer to the same questions."""
+    table = Table("picture", "pixels", "question", *(TITLES[name] for name in models), "truth", box=SIMPLE)
+    for item in questions:
+        image = Image.open(PICTURES / item["image"]).convert("RGB")
+        answers = [answer(*model, image, item["question"]) for model in models.values()]
+        marked = [f"[green]{given}[/]" if given == item["answer"] else f"[red]{given}[/]" for given in answers]
+        table.add_row(item["image"], f"{image.width}×{image.height}", item["question"], *marked, item["answer"])
+    return table
 
 
 def main() -> None:
-    console = Console(width=100)
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "llava-uhd-tiny"
-        start = time.perf_counter()
-        convert(checkpoint)
-        console.print(f"converted the original layout in {time.perf_counter() - start:.2f} s")
-        processor = AutoProcessor.from_pretrained(checkpoint)
-        model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="float32")
-        model.generation_config.max_length = None  # the release's 4096; `max_new_tokens` counts here
-        ask = pipeline("image-text-to-text", model=model, processor=processor)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the pictures")
+    output = parser.parse_args().output
+    output.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
+    console, start = Console(width=120), time.perf_counter()
+    questions = json.loads((PICTURES / "questions.json").read_text("utf-8"))
 
-        table = Table("image", "pixels", "slices", "overview", "views", "tokens", "seconds", box=SIMPLE)
-        for path in IMAGES:
-            image = Image.open(path).convert("RGB")
-            messages = [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}],
-                }
-            ]
-            start = time.perf_counter()
-            output = ask(
-                text=messages, return_full_text=False, generate_kwargs={"do_sample": False, "max_new_tokens": 16}
-            )
-            seconds = f"{time.perf_counter() - start:.2f}"
-            table.add_row(*describe(image, path.name, processor), seconds)
-            console.print(f"{path.name}: {QUESTION} {output[0]['generated_text']!r}")
-        console.print(table)
-    console.print(
-        "The answers are noise: this checkpoint is tiny and its weights are random. It shows that conversion, "
-        "loading, slicing and generation work; the released 13B checkpoint converts with the same command."
-    )
+    console.print("[bold]Small numbers in elongated pictures[/]")
+    sliced, square = load("llava-uhd-miniature"), load("llava-square-miniature")
+    console.print(ask({"llava-uhd-miniature": sliced, "llava-square-miniature": square}, questions["uhd"]))
+    first = Image.open(PICTURES / questions["uhd"][0]["image"])
+    plot_slices(first, sliced[1], output / "slices.png")
+
+    console.print("[bold]Many skills, four experts[/]")
+    model, processor = load("moe-llava-miniature")
+    with RoutingRecorder(model, processor) as recorder:
+        console.print(ask({"moe-llava-miniature": (model, processor)}, questions["moe"]))
+    plot_expert_loads(recorder, output / "routing.png")
+    first = Image.open(PICTURES / questions["moe"][0]["image"]).convert("RGB")
+    plot_image_routing(first, recorder, path=output / "routing_over_image.png")
+
+    console.print("[bold]One question, two domains[/]")
+    model, processor = load("llava-mole-miniature")
+    with RoutingRecorder(model, processor) as recorder:
+        for domain in ("paper", "screen"):
+            with recorder.domain(domain):
+                own = [item for item in questions["mole"] if item["domain"] == domain]
+                console.print(ask({"llava-mole-miniature": (model, processor)}, own))
+    plot_domain_routing(recorder, path=output / "routing_by_domain.png")
+
+    names = ", ".join(sorted(path.name for path in output.glob("*.png")))
+    console.print(f"Drew {names} in {output}, {time.perf_counter() - start:.0f} s in all.", highlight=False)
 
 
 if __name__ == "__main__":
