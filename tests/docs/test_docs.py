@@ -7,6 +7,7 @@ tower's folder that its config.json names, since it is of no known size and need
 
 import ast
 import importlib.metadata
+import json
 import re
 import runpy
 import shlex
@@ -24,7 +25,13 @@ from llava_family import MoleConfig, get_mole_model, plan_slices
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("model_cards/*.md"))]
+MINIATURE = ROOT / "examples" / "miniature"
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("model_cards/*.md")),
+    *sorted(MINIATURE.rglob("README.md")),
+]
 ADAPTER_CARD = ROOT / "model_cards" / "mole-adapter.md"
 MODEL_CARDS = sorted(card for card in ROOT.glob("model_cards/*.md") if card != ADAPTER_CARD)
 
@@ -338,6 +345,16 @@ def test_every_difference_cites_a_test():
 
 def size_of(cell):
     return None if cell == "–" else tuple(int(side) for side in cell.split("×"))
+
+
+def test_first_result_is_right(workspace, capsys):
+    """The README's first snippet reads the picture."""
+    snippet = next(each for each in SNIPPETS if each.language == "python")
+    (picture,) = re.findall(r"examples/images/miniature/([\w.]+)", snippet.code)
+    questions = json.loads((ROOT / "examples" / "images" / "miniature" / "questions.json").read_text("utf-8"))
+    (truth,) = (each["answer"] for each in questions["uhd"] if each["image"] == picture)
+    test_python(snippet, workspace)
+    assert capsys.readouterr().out.split() == [truth]
 
 
 def test_example_sizes_are_those_of_the_plan():
