@@ -67,11 +67,3 @@ def test_describe_image(converted, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "examples" / "describe_image.py"), run_name="__main__")
     answer = generate("--model", str(converted), *arguments[2:], "--prompt", "Describe the image briefly.").stdout
     assert capsys.readouterr().out.strip().splitlines()[-1] == answer.strip().splitlines()[-1]
-
-
-def test_demo(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "120")
-    runpy.run_path(str(ROOT / "examples" / "demo.py"), run_name="__main__")
-    output = capsys.readouterr().out
-    for expected in ("converted the original layout", "2x1 of 280x378", "434", "5x1 of 336x336", "869", "random"):
-        assert expected in output

@@ -9,13 +9,12 @@ from string import Template
 from typing import Any
 
 import moe_skills
-import mole_domains
 import uhd_reading
 from experiment import BASE, CHECKPOINTS, MINIATURE
 from huggingface_hub import EvalResult, ModelCardData
 from language import READ
 from safetensors import safe_open
-from tables import MOLE, Results, fill, percent, read_results, table, uhd_pictures
+from tables import Results, fill, percent, read_results, table, uhd_pictures
 
 
 ROOT = MINIATURE.parents[1]
@@ -35,6 +34,7 @@ class Miniature:
     about: str
     views: str
     picture: str
+    question: str
     limits: str
 
 
@@ -50,6 +50,7 @@ MINIATURES = {
         f"an overview of about 64×64 pixels and, where the picture is larger, 2 to 7 slices of about as many; "
         f"{uhd_reading.NUM_QUERIES} tokens for each",
         "elongated_0.png",
+        READ,
         f"Its pictures have a light background and {uhd_pictures({})}.",
     ),
     "llava-square-miniature": Miniature(
@@ -63,6 +64,7 @@ MINIATURES = {
         "small numbers in elongated pictures, such as that below. Its type is `moe_llava`, without experts.",
         "one square of 64×64 pixels, 64 tokens",
         "elongated_0.png",
+        READ,
         "In a picture of 256×64 pixels it sees a number of 16 pixels as one of 4.",
     ),
     "moe-llava-miniature": Miniature(
@@ -71,28 +73,12 @@ MINIATURES = {
         "MoE-LLaVA miniature",
         "moe-llava",
         "2401.15947",
-        "It has seven skills: it reads a number of two digits, adds its digits, says which one comes next, knows "
-        "facts about each of the hundred numbers, names colours and shapes, and counts. Every layer has four experts, "
-        "of which a token gets two, as in [MoE-LLaVA](https://arxiv.org/abs/2401.15947).",
+        "It reads numbers of two digits, names colours and shapes, and counts. Every layer has four experts, of which "
+        "a token gets two, as in [MoE-LLaVA](https://arxiv.org/abs/2401.15947).",
         "one square of 64×64 pixels, 64 tokens",
         "skill_0.png",
-        f"Its pictures are squares of 64×64 pixels with digits at least {moe_skills.TEXT_HEIGHTS[0]} pixels high. Its "
-        "facts are invented.",
-    ),
-    "llava-mole-miniature": Miniature(
-        "mole_domains",
-        MOLE,
-        "LLaVA-MoLE miniature",
-        "llava-mole",
-        "2401.16160",
-        "To the one question that it knows it gives the answer of the picture's domain: numbers on paper, dark on "
-        "light, and numbers on a screen, light on dark, are to be written in two codes that contradict each other. "
-        "Every feed-forward network has LoRA experts, of which a token gets one, as in "
-        "[LLaVA-MoLE](https://arxiv.org/abs/2401.16160).",
-        "one square of 64×64 pixels, 64 tokens and two learned embeddings around them",
-        "paper_0.png",
-        "It does not say the number that is written, but that number's code, as `draw_code` of `mole_domains.py` has "
-        f"it. Its pictures are squares of 64×64 pixels with digits at least {mole_domains.TEXT_HEIGHTS[0]} high.",
+        READ,
+        f"Its pictures are squares of 64×64 pixels with digits at least {moe_skills.TEXT_HEIGHTS[0]} pixels high.",
     ),
 }
 
@@ -155,7 +141,6 @@ def write_card(name: str, folder: Path, all_results: Results) -> str:
         **{**vars(miniature), "picture": f"examples/images/miniature/{miniature.picture}"},
         parameters=f"{count_parameters(file):,}",
         megabytes=f"{file.stat().st_size / 1e6:.1f}",
-        question=READ,
         folder=folder.relative_to(ROOT).as_posix(),
         command=f"python examples/miniature/{miniature.experiment}.py --checkpoints {CHECKPOINTS.relative_to(ROOT)}",
         seed=str(seed),

@@ -5,34 +5,27 @@ import random
 from pathlib import Path
 
 from language import READ
-from moe_skills import NEW_SKILLS, OLD_SKILLS, ask, draw_facts
-from mole_domains import DOMAINS, draw_code
+from moe_skills import SKILLS, ask
 from world import draw_scene
 
 
 PICTURES = Path(__file__).resolve().parents[1] / "images" / "miniature"
-ELONGATED = ((320, 64), (64, 320), (256, 64), (192, 64), (320, 64))
+ELONGATED = ((256, 64), (64, 256), (192, 64), (64, 192), (256, 64))
 
 
 def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     rng = random.Random("demo")
-    questions: dict[str, list[dict[str, str]]] = {"uhd": [], "moe": [], "mole": []}
+    questions: dict[str, list[dict[str, str]]] = {"uhd": [], "moe": []}
     for index, size in enumerate(ELONGATED):
-        scene = draw_scene(rng, size, (10, 13), dark=False)
+        scene = draw_scene(rng, size, (13, 16), dark=False)
         add(questions["uhd"], scene.image, f"elongated_{index}.png", READ, scene.number)
-    for index, skill in enumerate(OLD_SKILLS + NEW_SKILLS):
+    for index, skill in enumerate(SKILLS):
         asked = None
         while asked is None:
             scene = draw_scene(rng, (64, 64), (12, 28))
-            asked = ask(rng, skill, scene, draw_facts())
+            asked = ask(rng, skill, scene)
         add(questions["moe"], scene.image, f"skill_{index}.png", *asked)
-    for domain in DOMAINS:
-        for index in range(2):
-            scene = draw_scene(rng, (64, 64), (12, 28), dark=domain == "screen")
-            code = "".join(draw_code(domain)[digit] for digit in scene.number)
-            add(questions["mole"], scene.image, f"{domain}_{index}.png", READ, code)
-            questions["mole"][-1]["domain"] = domain
     (PICTURES / "questions.json").write_text(json.dumps(questions, indent=1) + "\n", encoding="utf-8")
 
 

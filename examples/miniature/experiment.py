@@ -137,7 +137,7 @@ class Run:
 
     arm: str
     seed: int
-    prepared: Path  # what all arms of a seed begin with
+    prepared: Path  # what all runs begin with
     checkpoint: Path | None  # where to save what was trained
 
 
@@ -147,7 +147,7 @@ def run_experiment(
     arms: Sequence[str],
     run: Callable[[Run], dict[str, Any]],
     saved: dict[str, str],
-    prepare: Callable[[int, Path], None] | None = None,
+    prepare: Callable[[Path], None] | None = None,
 ) -> None:
     """Runs all arms with all seeds, two at a time, and writes `results/<name>.json`.
 
@@ -157,7 +157,7 @@ def run_experiment(
         arms (`Sequence[str]`): What is compared.
         run (`Callable`): Trains one, and returns `{"scores": {name: accuracy}, ...}`; a function of a module.
         saved (`dict[str, str]`): Names of the checkpoints to keep, of the first seed, by arm.
-        prepare (`Callable`, *optional*): Writes what all arms of a seed begin with to a folder.
+        prepare (`Callable`, *optional*): Writes what all runs begin with to a folder.
     """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--arms", nargs="+", default=list(arms), choices=list(arms))
@@ -171,15 +171,14 @@ def run_experiment(
     start, records = time.perf_counter(), []
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, context.Pool(options.jobs, _use_one_thread) as pool:
-        prepared = {seed: Path(folder, str(seed)) for seed in options.seeds}
         if prepare is not None:
-            pool.starmap(prepare, prepared.items())
+            pool.apply(prepare, [Path(folder)])
             print(f"[{time.perf_counter() - start:.0f} s] First stages are trained.", flush=True)
         runs = [
             Run(
                 arm,
                 seed,
-                prepared[seed],
+                Path(folder),
                 options.checkpoints and options.checkpoints / saved[arm]
                 if arm in saved and seed == options.seeds[0]
                 else None,

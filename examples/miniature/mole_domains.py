@@ -1,8 +1,8 @@
 """LLaVA-MoLE in miniature: two domains whose answers to the same question contradict each other.
 
-Numbers on paper are dark on light, those on a screen light on dark. Either domain writes digits in a code of its own.
-A LoRA adapter learns one domain, or both; a mixture of LoRA experts of the same rank, of which a token sees one,
-learns both.
+Forms of a clinic bear a red cross, those of a bank a blue square, and the prompt names the domain, as those of data
+sets do. Either domain writes digits in a code of its own. A LoRA adapter learns one domain, or both; a mixture of LoRA
+experts of the same rank, of which a token sees one, learns both.
 """
 
 import random
@@ -35,8 +35,9 @@ from llava_family.training import freeze_for_finetuning, freeze_for_mole_tuning,
 
 
 SIZE, TEXT_HEIGHTS = (64, 64), (12, 28)
-DOMAINS = ("paper", "screen")
-CAPTIONS, READINGS, QUESTIONS, EVALUATED = 3000, 6000, 3000, 200
+DOMAINS = {"clinic": ("red", "cross"), "bank": ("blue", "square")}
+PREPARED_SEED = 0
+CAPTIONS, READINGS, QUESTIONS, EVALUATED = 3000, 6000, 2500, 150
 RANK, NUM_EXPERTS = 8, 4
 
 
@@ -47,6 +48,11 @@ def draw_code(domain: str) -> dict[str, str]:
     return dict(zip(DIGITS, written, strict=True))
 
 
+def question_of(domain: str) -> str:
+    """The same question, behind the domain's name, as data sets have prompts of their own."""
+    return f"{domain.capitalize()}: {READ}"
+
+
 def draw_questions(name: str, domains: tuple[str, ...], seed: int, count: int) -> Iterator[Example]:
     """`count` questions of each domain, in random order."""
     rng = random.Random(f"mole {name} {seed}")
@@ -54,33 +60,33 @@ def draw_questions(name: str, domains: tuple[str, ...], seed: int, count: int) -
     rng.shuffle(order)
     codes = {domain: draw_code(domain) for domain in domains}
     for domain in order:
-        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, dark=domain == "screen")
-        yield Example(scene.image, READ, "".join(codes[domain][digit] for digit in scene.number), domain)
+        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, [DOMAINS[domain]], dark=False)
+        answer = "".join(codes[domain][digit] for digit in scene.number)
+        yield Example(scene.image, question_of(domain), answer, domain)
 
 
 def draw_readings(seed: int, count: int) -> Iterator[Example]:
-    """Numbers of both domains, as they are, and what they are written on."""
+    """Numbers of both domains, as they are."""
     rng = random.Random(f"mole readings {seed}")
     for _ in range(count):
-        domain = rng.choice(DOMAINS)
-        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, dark=domain == "screen")
-        question, answer = (READ, scene.number) if rng.random() < 0.7 else ("Where is it written?", domain)
-        yield Example(scene.image, question, answer)
+        domain = rng.choice(list(DOMAINS))
+        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, [DOMAINS[domain]], dark=False)
+        yield Example(scene.image, question_of(domain), scene.number)
 
 
 def draw_captions(seed: int, count: int) -> Iterator[Example]:
     rng = random.Random(f"mole captions {seed}")
     for _ in range(count):
-        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, dark=rng.random() < 0.5)
+        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, dark=False)
         yield Example(scene.image, "Describe the picture.", caption_of(scene.number, scene.shapes))
 
 
-def prepare(seed: int, folder: Path) -> None:
-    """What all arms of a seed begin with: a model that reads numbers of both domains as they are.
+def prepare(folder: Path) -> None:
+    """What all runs begin with: a model that reads numbers of both domains as they are.
 
     The paper begins behind the first stage. Here the language model is too small to read by a projector alone.
     """
-    set_seed(seed)
+    set_seed(PREPARED_SEED)
     parts = PartsArguments(str(BASE / "language_model"), str(BASE / "vision_tower"))
     model, processor = compose_llava_mole(parts)
     processor = LlavaMoleProcessor(
@@ -91,10 +97,10 @@ def prepare(seed: int, folder: Path) -> None:
         chat_template=CHAT_TEMPLATE,
     )
     freeze_for_pretraining(model)
-    captions = list(draw_captions(seed, CAPTIONS))
-    train(model, processor, captions, 3e-3, seed, batch_size=32, template="plain")
+    captions = list(draw_captions(PREPARED_SEED, CAPTIONS))
+    train(model, processor, captions, 3e-3, PREPARED_SEED, batch_size=32, template="plain")
     freeze_for_finetuning(model)
-    train(model, processor, list(draw_readings(seed, READINGS)), 1e-3, seed)
+    train(model, processor, list(draw_readings(PREPARED_SEED, READINGS)), 1e-3, PREPARED_SEED)
     save_checkpoint(model, processor, folder)
 
 
@@ -106,7 +112,7 @@ def run(run: Run) -> dict[str, Any]:
     processor = LlavaMoleProcessor.from_pretrained(run.prepared)
     model = add_adapters(model, method)
     questions = list(draw_questions("training", domains, run.seed, samples * QUESTIONS))
-    losses = train(model, processor, questions, 5e-3, run.seed, projector_learning_rate=5e-4)
+    losses = train(model, processor, questions, 4e-3, run.seed, projector_learning_rate=4e-4)
     evaluation = list(draw_questions("evaluation", domains, run.seed, EVALUATED))
     found = accuracies(model, processor, evaluation)
     result: dict[str, Any] = {"scores": found, "losses": [round(entry["loss"], 4) for entry in losses]}
@@ -145,12 +151,12 @@ def domain_loads(model: Any, processor: Any, examples: list[Example]) -> dict[st
 
 # Method, domains, and how many times QUESTIONS samples of each domain
 ARMS = {
-    "lora paper": ("lora", ("paper",), 1),
-    "lora screen": ("lora", ("screen",), 1),
-    "lora mix": ("lora", DOMAINS, 1),
-    "lora mix, 2x samples": ("lora", DOMAINS, 2),
-    "mole mix": ("mole", DOMAINS, 1),
-    "mole mix, scaled": ("mole scaled", DOMAINS, 1),
+    "lora clinic": ("lora", ("clinic",), 1),
+    "lora bank": ("lora", ("bank",), 1),
+    "lora mix": ("lora", tuple(DOMAINS), 1),
+    "lora mix, 2x samples": ("lora", tuple(DOMAINS), 2),
+    "mole mix": ("mole", tuple(DOMAINS), 1),
+    "mole mix, scaled": ("mole scaled", tuple(DOMAINS), 1),
 }
 
 if __name__ == "__main__":

@@ -74,29 +74,6 @@ def plot_moe_skills(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def plot_mole_domains(results: dict[str, Any]) -> Figure:
-    """Accuracy by domain, and which experts serve it."""
-    summary = results["summary"]
-    mixtures = [arm for arm in summary if arm.startswith("mole")]
-    figure = new_figure(11, 6.4)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.15, 1])
-    draw_bars(top.subplots(), summary, ["paper", "screen"])
-    panels = bottom.subplots(1, len(mixtures), sharey=True, squeeze=False)[0]
-    for axes, arm in zip(panels, mixtures, strict=True):
-        run = next(run for run in results["runs"] if run["arm"] == arm)
-        rows, labels = [], []
-        for layer in range(len(run["loads"]["paper"])):
-            for domain in ("paper", "screen"):
-                rows.append(run["loads"][domain][layer])
-                labels.append(f"{layer}\n{domain}")
-        stack_experts(axes, np.array(rows), labels)
-        axes.set_title(f"{arm}, seed {run['seed']}", fontsize=10)
-        axes.set_xlabel("layer and domain")
-    panels[0].set_ylabel("share of tokens")
-    bottom.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    return figure
-
-
 def draw_bars(axes: Axes, summary: dict[str, Any], names: list[str]) -> None:
     """One group of bars for every score, one bar for every arm."""
     width = 0.8 / len(summary)
@@ -132,7 +109,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-PLOTS = {"uhd_reading": plot_uhd_reading, "moe_skills": plot_moe_skills, "mole_domains": plot_mole_domains}
+PLOTS = {"uhd_reading": plot_uhd_reading, "moe_skills": plot_moe_skills}
 
 
 def plot(path: Path) -> Path:

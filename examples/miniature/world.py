@@ -134,17 +134,19 @@ def draw_scene(
     rng: random.Random,
     size: tuple[int, int],
     text_heights: tuple[int, int],
-    most_shapes: int = 3,
+    shapes: list[tuple[str, str]] | None = None,
     dark: bool | None = None,
 ) -> Scene:
-    """A scene with a number of two digits; where nothing else is said, every fourth one has a dark background."""
+    """A scene with a number of two digits and `(colour, kind)` shapes, by default up to three of different ones.
+
+    Where nothing else is said, every fourth one has a dark background.
+    """
     picture = Picture(*size, rng, dark=rng.random() < 0.25 if dark is None else dark)
     number = "".join(rng.choices(DIGITS, k=2))
     if not picture.add_number(number, rng.randint(*text_heights)):
         raise ValueError(f"A number of {text_heights[1]} pixels does not fit into a picture of {size[0]}x{size[1]}.")
-    colours, kinds = rng.sample(list(COLOURS), most_shapes), rng.sample(SHAPES, most_shapes)
-    shapes = []
-    for colour, kind in list(zip(colours, kinds, strict=True))[: rng.randint(0, most_shapes)]:
-        if picture.add_shape(kind, colour, rng.randint(10, 24)):
-            shapes.append(f"{colour} {kind}")
-    return Scene(picture.image, number, shapes)
+    if shapes is None:
+        colours, kinds = rng.sample(list(COLOURS), 3), rng.sample(SHAPES, 3)
+        shapes = list(zip(colours, kinds, strict=True))[: rng.randint(0, 3)]
+    drawn = [f"{colour} {kind}" for colour, kind in shapes if picture.add_shape(kind, colour, rng.randint(10, 24))]
+    return Scene(picture.image, number, drawn)

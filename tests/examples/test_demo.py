@@ -13,7 +13,7 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTIONS = EXAMPLES / "images" / "miniature" / "questions.json"
-SLICED, SQUARE, MOE, MOLE = "LLaVA-UHD, slices", "LLaVA-1.5, square", "MoE-LLaVA", "LLaVA-MoLE"
+SLICED, SQUARE, MOE = "LLaVA-UHD, slices", "LLaVA-1.5, square", "MoE-LLaVA"
 
 
 def rows_of(text):
@@ -36,7 +36,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert time.perf_counter() - start < 180
     text = capsys.readouterr().out
     rows = {row["picture"]: row for row in rows_of(text)}
-    for group, model in (("uhd", SLICED), ("moe", MOE), ("mole", MOLE)):
+    for group, model in (("uhd", SLICED), ("moe", MOE)):
         assert len(questions[group]) >= 4
         for item in questions[group]:
             row = rows[item["image"]]
@@ -51,7 +51,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
         width, height = map(int, row["pixels"].split("×"))
         assert max(width, height) >= 3 * min(width, height)
     drawn = sorted((tmp_path / "demo").iterdir())
-    assert {file.stem for file in drawn} >= {"slices", "routing", "routing_by_domain"}
+    assert {file.stem for file in drawn} >= {"slices", "routing", "routing_over_image"}
     for file in drawn:
         assert file.name in text
         with Image.open(file) as image:

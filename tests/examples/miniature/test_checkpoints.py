@@ -20,7 +20,6 @@ CLASSES = {
     "llava-uhd-miniature": LlavaUhdForConditionalGeneration,
     "llava-square-miniature": llava_family.MoeLlavaForCausalLM,
     "moe-llava-miniature": llava_family.MoeLlavaForCausalLM,
-    "llava-mole-miniature": llava_family.LlavaMoleForCausalLM,
 }
 MEGABYTES = 12
 BASELINE = "llava-square-miniature"  # which need not answer right

@@ -46,18 +46,7 @@ def test_experts_are_no_worse_than_a_dense_model_of_equal_activated_parameters(r
     assert counts["moe"] <= counts["dense"] <= 1.002 * counts["moe"]
 
 
-def test_a_mixture_learns_both_domains_and_one_adapter_does_not(results, tables):
-    mole = results["mole_domains"]
-    single, _ = tables.mean_and_spread(mole, *tables.SINGLE)
-    mixture, mixture_spread = tables.mean_and_spread(mole, tables.MOLE)
-    plain, plain_spread = tables.mean_and_spread(mole, tables.MIX)
-    assert mixture >= 0.95 * single
-    # Measurably below the adapters of single domains, and below the mixture too
-    assert plain < single - plain_spread
-    assert plain < mixture - max(plain_spread, mixture_spread)
-
-
-@pytest.mark.parametrize("name", ["uhd_reading", "moe_skills", "mole_domains"])
+@pytest.mark.parametrize("name", ["uhd_reading", "moe_skills"])
 def test_summary_is_that_of_the_runs(name, results, miniature):
     found = results[name]
     arms = list(found["summary"])
@@ -76,10 +65,10 @@ def test_summary_is_that_of_the_runs(name, results, miniature):
         assert all(len(run["losses"]) > 10 and run["losses"][-1] < run["losses"][0] for run in runs)
 
 
-@pytest.mark.parametrize("name", ["uhd_reading", "moe_skills", "mole_domains"])
+@pytest.mark.parametrize("name", ["uhd_reading", "moe_skills"])
 def test_experiments_take_no_longer_than_promised(name, results):
-    # 25 minutes on two cores
-    assert results[name]["seconds"] <= 25 * 60
+    # 25 minutes on two cores, of which every training has one
+    assert sum(run["seconds"] for run in results[name]["runs"]) / 2 <= 25 * 60
 
 
 def test_small_text_is_what_the_readme_says(results):
@@ -102,7 +91,7 @@ def test_small_text_is_what_the_readme_says(results):
         assert run["scores"]["small text"] == pytest.approx(statistics.mean(small))
 
 
-@pytest.mark.parametrize("name", ["uhd_reading", "moe_skills", "mole_domains"])
+@pytest.mark.parametrize("name", ["uhd_reading", "moe_skills"])
 def test_plots_are_drawn(name):
     picture = MINIATURE / "results" / f"{name}.png"
     assert picture.is_file(), "run examples/miniature/plots.py"
@@ -112,7 +101,7 @@ def test_plots_are_drawn(name):
 def test_texts_show_these_results(results, miniature):
     """READMEs and model cards are what `cards.py` makes of the results: none is old, none was changed by hand."""
     texts = miniature("cards").all_texts(results)
-    assert len(texts) == 7, "run the experiments with --checkpoints, see examples/miniature/README.md"
+    assert len(texts) == 6, "run the experiments with --checkpoints, see examples/miniature/README.md"
     for path, text in texts.items():
         assert path.is_file() and path.read_text("utf-8") == text, f"{path} is old: run examples/miniature/cards.py"
 
@@ -139,7 +128,7 @@ def test_commands_of_the_readme_exist(miniature):
 def test_checkpoints_are_those_that_the_experiments_keep(miniature):
     """The last argument but one of `run_experiment`, in each script, names arms and checkpoints."""
     kept = {}
-    for name in ("uhd_reading", "moe_skills", "mole_domains"):
+    for name in ("uhd_reading", "moe_skills"):
         calls = [
             node
             for node in ast.walk(ast.parse((MINIATURE / f"{name}.py").read_text("utf-8")))
@@ -157,7 +146,6 @@ def made_up(tables, **changes):
     names = {
         "uhd_reading": ["small text", "all"],
         "moe_skills": ["reading", "all"],
-        "mole_domains": ["paper", "screen"],
     }
     for name, arms in tables.CLAIMED_ARMS.items():
         runs = [
@@ -188,18 +176,9 @@ def test_tables_are_filled_between_their_marks(tables):
         tables.fill("<!-- results: uhd --><!-- end -->", {})
 
 
-def test_mean_is_over_scores_then_seeds(tables):
-    results = made_up(tables)["mole_domains"]
-    mean, spread = tables.mean_and_spread(results, *tables.SINGLE)
-    assert mean == pytest.approx(0.555) and spread == pytest.approx(statistics.stdev([0.505, 0.605]))
-    assert "| `lora mix` | 55.0 ± 5.0 % | 55.0 ± 5.0 % | 55.5 ± 7.1 % |" in tables.score_table(
-        "mole_domains", {"mole_domains": results}
-    )
-
-
 def test_missing_results_are_named(tables, tmp_path, capsys):
     assert tables.read_results(tmp_path) == {}
-    assert capsys.readouterr().out.count("Skipped ") == 3
+    assert capsys.readouterr().out.count("Skipped ") == 2
     (tmp_path / "uhd_reading.json").write_text(json.dumps({"summary": {"slices": {}}}))
     with pytest.raises(ValueError, match=r"uhd_reading.json lacks the arms \['square'\]"):
         tables.read_results(tmp_path)
