@@ -63,9 +63,10 @@ def _draw_slices(axes: "Axes", image: Image.Image, plan: SlicePlan) -> None:
     )
     scale = (image.width / plan.refined_size[0], image.height / plan.refined_size[1])
     tag = {"boxstyle": "round,pad=0.25", "edgecolor": "none"}
-    for index, (left, top, right, bottom) in enumerate(plan.slice_boxes()):
-        left, right = left * scale[0] - 0.5, right * scale[0] - 0.5
-        top, bottom = top * scale[1] - 0.5, bottom * scale[1] - 0.5
+    for index, box in enumerate(plan.slice_boxes()):
+        # Pixels are drawn around their coordinates.
+        left, right = (edge * scale[0] - 0.5 for edge in box[::2])
+        top, bottom = (edge * scale[1] - 0.5 for edge in box[1::2])
         axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color=BORDER, linewidth=1.6)
         inset = (0.06 * (right - left), 0.06 * (bottom - top))
         position = (left + inset[0], top + inset[1])
