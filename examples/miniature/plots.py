@@ -60,14 +60,16 @@ def plot_uhd_reading(results: dict[str, Any]) -> Figure:
 def plot_moe_skills(results: dict[str, Any]) -> Figure:
     """Accuracy by skill, and where the experts' tokens come from."""
     summary = results["summary"]
-    loads = mean_groups(results["runs"], "moe", "loads")
+    # Of one seed: experts of different seeds have nothing but their numbers in common.
+    run = next(run for run in results["runs"] if run["arm"] == "moe")
+    loads = {name: np.array(shares) for name, shares in run["loads"].items()}
     figure = new_figure(11, 6.4)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.15, 1])
     draw_bars(top.subplots(), summary, list(next(iter(summary.values()))))
     panels = bottom.subplots(1, len(loads), sharey=True)
     for axes, (modality, shares) in zip(panels, loads.items(), strict=True):
         stack_experts(axes, shares, [str(layer) for layer in range(len(shares))])
-        axes.set_title(f"{modality} tokens, seed mean of loads", fontsize=10)
+        axes.set_title(f"moe, seed {run['seed']}: {modality} tokens", fontsize=10)
         axes.set_xlabel("layer")
     panels[0].set_ylabel("share of first choices")
     bottom.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
