@@ -204,7 +204,7 @@ def run_experiment(
         "summary": {arm: summarise([each for each in records if each["arm"] == arm]) for arm in options.arms},
         "runs": records,
         "seconds": round(time.perf_counter() - start),
-        "machine": f"{options.jobs} processes of one thread, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{options.jobs} {'process' if options.jobs == 1 else 'processes'} of one thread, {platform.machine()}, torch {torch.__version__}",
     }
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{name}.json"
