@@ -204,12 +204,16 @@ def run_experiment(
         "summary": {arm: summarise([each for each in records if each["arm"] == arm]) for arm in options.arms},
         "runs": records,
         "seconds": round(time.perf_counter() - start),
-        "machine": f"{options.jobs} {'process' if options.jobs == 1 else 'processes'} of one thread, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{describe_jobs(options.jobs)}, {platform.machine()}, torch {torch.__version__}",
     }
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"Wrote {path}")
+
+
+def describe_jobs(jobs: int) -> str:
+    return f"{jobs} {'process' if jobs == 1 else 'processes'} of one thread"
 
 
 class _Timed:
