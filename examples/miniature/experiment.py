@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from base import BASE
 from PIL import Image
 from transformers.utils import logging
 
@@ -28,7 +29,6 @@ from composing import PartsArguments, compose_llava_mole, compose_llava_uhd, com
 from llava_mole_finetune import ExpertArguments, lora_config, with_experts  # noqa: E402, F401
 
 
-BASE = MINIATURE / "base"
 RESULTS = MINIATURE / "results"
 CHECKPOINTS = MINIATURE / "checkpoints"
 SEEDS = (0, 1, 2)

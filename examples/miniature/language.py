@@ -36,7 +36,7 @@ LAYOUTS = (
     (1, 5, 16),
 )
 
-# Words that the language model knows, but has nothing to say about: what the experiments teach
+# Words and questions that the tokenizer of the trained base knows; no experiment asks about them yet
 PEOPLE = (
     "Ada",
     "Bo",

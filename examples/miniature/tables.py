@@ -13,10 +13,10 @@ from typing import Any
 
 import moe_skills
 import uhd_reading
-from experiment import MINIATURE, RESULTS
+from demo_pictures import PICTURES
+from experiment import RESULTS
 
 
-PICTURES = MINIATURE.parent / "images" / "miniature"
 MARKED = re.compile(r"(<!-- results: (\w+) -->).*?(<!-- end -->)", re.DOTALL)
 
 Results = dict[str, dict[str, Any]]  # by experiment
