@@ -10,8 +10,9 @@ demo: .venv/.installed
 	$(PY) examples/demo.py
 
 # One thread per worker: two workers with a thread pool each only get in each other's way.
+# Ten failures end it: if tests hang, each up to its time limit, their names must still be printed.
 test: .venv/.installed .venv/.quantise
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --maxfail 10
 
 check: lint
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -x -m "not slow"

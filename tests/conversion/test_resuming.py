@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock, tqdm
+from transformers.utils import logging
 
 from llava_family.conversion import (
     CheckpointReader,
@@ -377,6 +378,13 @@ def test_values_that_a_cast_makes_infinite_are_refused_beside_those_that_are(tmp
 # Killed processes and full disks
 
 
+def progress_bars(base=tqdm):
+    """tqdm's class and all made of it: the first that a process uses gets the lock, its subclasses inherit it."""
+    yield base
+    for derived in base.__subclasses__():
+        yield from progress_bars(derived)
+
+
 def in_child(function):
     """The id of a process that runs `function` and ends with 0, or with 1 if it raises."""
     child = os.fork()
@@ -385,7 +393,8 @@ def in_child(function):
         try:
             torch.set_num_threads(1)  # a pool of threads does not survive a fork
             # tqdm's own lock is shared with forked processes: killed while it holds it, a child would take it along.
-            tqdm.set_lock(threading.RLock())
+            for progress_bar in progress_bars():
+                progress_bar.set_lock(threading.RLock())
             function()
             status = 0
         finally:
@@ -393,13 +402,20 @@ def in_child(function):
     return child
 
 
-def test_killed_children_leave_the_lock_of_progress_bars(tmp_path):
+@pytest.mark.parametrize("used_first", [tqdm, logging.tqdm_lib.tqdm], ids=["tqdm", "tqdm.auto"])
+def test_killed_children_leave_the_lock_of_progress_bars(tmp_path, monkeypatch, used_first):
     def hold():
-        tqdm.get_lock().acquire()
+        bar = logging.tqdm(total=1, disable=False)
+        bar.get_lock().acquire()
         (tmp_path / "holds").touch()
         time.sleep(60)
 
-    locks = tqdm.get_lock().locks  # made before the fork, as by any progress bar
+    for progress_bar in progress_bars():
+        if "_lock" in vars(progress_bar):
+            monkeypatch.delattr(progress_bar, "_lock")
+    # As the first progress bar of a process would make it.
+    monkeypatch.setattr(used_first, "_lock", TqdmDefaultWriteLock(), raising=False)
+    locks = used_first.get_lock().locks
     child = in_child(hold)
     while not (tmp_path / "holds").exists():
         time.sleep(0.01)
