@@ -29,6 +29,7 @@ test-transformers: .venv/.installed
 
 bench: .venv/.installed
 	$(PY) benchmarks/flops.py
+	$(PY) benchmarks/image_processing.py
 	$(PY) benchmarks/moe_layer.py
 	$(PY) benchmarks/mole_step.py
 	$(PY) benchmarks/conversion.py

@@ -3,24 +3,15 @@
     python benchmarks/mole_step.py [--rounds 20] [--threads 2] [--quick] [--json]
 
 A step is forward, backward to the network's input, and AdamW on the adapters, in float32. All networks have the same
-frozen weights, and a mixture and its loop the same experts. They run in turns in one process; a ratio is the median
-of the ratios within each round. Exits with 1 where a claim fails.
+frozen weights, and a mixture and its loop the same experts. They take turns in one process. Exits with 1 where
+a claim fails.
 """
 
-import argparse
-import json
-import platform
-import random
-import statistics
 import sys
-import time
-from dataclasses import asdict, dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from timing import Claim, measure, parse_arguments, report
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -35,25 +26,6 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 NUM_TOKENS, RANK, ALPHA = 1024, 32, 64
 NUM_EXPERTS = (2, 3, 4, 8)
 PLAIN = "LoRA of PEFT"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """`numerator` takes at most `limit` times as long as `denominator`, or at least as `at_least` says.
-
-    Without a limit the ratio is shown, and nothing is claimed.
-    """
-
-    numerator: str
-    denominator: str
-    limit: float | None = None
-    at_least: bool = False
-
-    def holds(self, ratio: float) -> bool:
-        return self.limit is None or (ratio >= self.limit if self.at_least else ratio <= self.limit)
-
-    def __str__(self) -> str:
-        return "" if self.limit is None else f"{'>=' if self.at_least else '<='} {self.limit}"
 
 
 def ours(num_experts: int, routing: str = "top1") -> str:
@@ -183,87 +155,14 @@ def _mixture(
     return mixture
 
 
-def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step in every round; each round takes all of them once, in a random order."""
-    order, shuffler = list(steps), random.Random(0)
-    for step in steps.values():
-        for _ in range(2):
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        shuffler.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def to_records(seconds: dict[str, list[float]]) -> list[dict]:
-    records = []
-    for claim in CLAIMS:
-        numerators, denominators = seconds[claim.numerator], seconds[claim.denominator]
-        ratios = [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
-        low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        times = {"seconds": statistics.median(numerators), "reference_seconds": statistics.median(denominators)}
-        spread = {"ratio": ratio, "ratio_quartiles": [low, high]}
-        records.append({**asdict(claim), **times, **spread, "holds": claim.holds(ratio)})
-    return records
-
-
-def to_table(records: list[dict], title: str, quick: bool) -> Table:
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("step", "ms", "compared with", "ms", "ratio", "quartiles", "claim", ""):
-        table.add_column(heading, justify="left" if heading in ("step", "compared with") else "right", no_wrap=True)
-    for record, claim in zip(records, CLAIMS, strict=True):
-        low, high = record["ratio_quartiles"]
-        table.add_row(
-            claim.numerator,
-            f"{record['seconds'] * 1e3:.1f}",
-            claim.denominator,
-            f"{record['reference_seconds'] * 1e3:.1f}",
-            f"{record['ratio']:.3f}",
-            f"{low:.3f}..{high:.3f}",
-            str(claim),
-            "" if quick or claim.limit is None else "pass" if record["holds"] else "FAIL",
-        )
-    return table
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20, help="how often everything is timed, at least 2")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    parser.add_argument("--quick", action="store_true", help="tiny networks, to see that it runs: no claim is checked")
-    parser.add_argument("--json", action="store_true", help="print records, in seconds, instead of a table")
-    arguments = parser.parse_args()
-    if arguments.rounds < 2:
-        parser.error("--rounds must be at least 2")
-    if arguments.threads < 1:
-        parser.error("--threads must be positive")
-    return arguments
-
-
 def main() -> int:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
+    arguments = parse_arguments(__doc__.splitlines()[0], rounds=20, threads=2)
     size = QUICK_SIZE if arguments.quick else FULL_SIZE
-    records = to_records(measure(build_steps(**size), arguments.rounds))
-    if arguments.json:
-        print(json.dumps(records, indent=2))
-    else:
-        # A pipe has no width to fit the table into.
-        console = Console(width=None if sys.stdout.isatty() else 119, highlight=False)
-        title = (
-            f"Training step, hidden {size['hidden_size']}, inner {size['intermediate_size']}, rank {RANK}, "
-            f"{NUM_TOKENS} tokens, float32"
-        )
-        console.print(to_table(records, title, arguments.quick))
-        console.print(
-            f"{arguments.rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-            f"{platform.machine()}" + (". The networks are too small to check claims." if arguments.quick else "")
-        )
-    return int(not arguments.quick and not all(record["holds"] for record in records))
+    title = (
+        f"Training step, hidden {size['hidden_size']}, inner {size['intermediate_size']}, rank {RANK}, "
+        f"{NUM_TOKENS} tokens, float32"
+    )
+    return report(measure(build_steps(**size), arguments.rounds), CLAIMS, title, arguments)
 
 
 if __name__ == "__main__":

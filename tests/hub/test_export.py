@@ -116,6 +116,7 @@ def test_only_the_code_that_a_model_needs(repositories):
             "image_processing",
             "image_processing_pil",
             "modeling",
+            "pixels",
             "processing",
             "slicing",
             "weight_mapping",

@@ -2,14 +2,17 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from llava_family import (
     LlavaMoleConfig,
     LlavaMoleForCausalLM,
+    LlavaMoleImageProcessorPil,
     LlavaMoleTextConfig,
     LlavaMoleTextModel,
     LlavaUhdConfig,
@@ -208,6 +211,27 @@ def test_saving_and_loading(tmp_path):
         headless = AutoModel.from_pretrained(tmp_path)
         hidden_states = headless(**batch).last_hidden_state
     assert torch.equal(model.lm_head(hidden_states), expected)
+
+
+@pytest.mark.parametrize("vision_encoding", ["square", "slices"])
+def test_uint8_pixels_are_normalised_by_the_model(vision_encoding):
+    model = tiny_model(vision_encoding)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8))
+    processor = LlavaMoleImageProcessorPil(
+        vision_encoding=vision_encoding,
+        size={"shortest_edge": 56},
+        crop_size={"height": 56, "width": 56},
+        base_size=56,
+        max_slices=1,
+    )
+    usual = processor(image, return_tensors="pt")
+    raw = processor(image, do_rescale=False, do_normalize=False, return_tensors="pt")
+    assert raw["pixel_values"].dtype == torch.uint8
+    num_features = 4 if vision_encoding == "slices" else 16
+    input_ids = torch.tensor([[5] + [model.config.image_token_id] * (num_features + 2) + [6]])
+    with torch.no_grad():
+        expected, actual = (model(input_ids=input_ids, **inputs).logits for inputs in (usual, raw))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
 
 
 def test_start_and_end_are_learned():

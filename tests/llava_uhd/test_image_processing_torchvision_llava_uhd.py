@@ -30,6 +30,24 @@ def test_pixels_are_within_two_grey_levels_of_the_pil_backend():
     assert difference.mean() < 0.01 * ONE_GREY_LEVEL
 
 
+def test_paths_and_bytes_are_upright_like_opened_images(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.png"
+    IMAGES[1].save(path, exif=exif)
+    upright = IMAGES[1].transpose(Image.Transpose.ROTATE_270)
+    expected = LlavaUhdImageProcessor()(upright, return_tensors="pt")["pixel_values"]
+    for image in (path, str(path), path.read_bytes(), Image.open(path)):
+        assert torch.equal(LlavaUhdImageProcessor()([image], return_tensors="pt")["pixel_values"], expected)
+    with pytest.raises(ValueError, match=r"Image 1 \(.*missing.png.*\) cannot be read"):
+        LlavaUhdImageProcessor()([path, tmp_path / "missing.png"])
+
+
+def test_grey_levels_are_uint8_where_nothing_is_done_to_them():
+    raw = LlavaUhdImageProcessor()(IMAGES, do_rescale=False, do_normalize=False, return_tensors="pt")
+    assert raw["pixel_values"].dtype == torch.uint8
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_floats_in_0_to_1_equal_grey_levels(dtype):
     array = np.asarray(IMAGES[0])

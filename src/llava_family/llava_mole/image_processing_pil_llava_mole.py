@@ -13,11 +13,11 @@
 # limitations under the License.
 """PIL image processor of LLaVA-MoLE, the default: its pixels are those of the original code."""
 
+from PIL import Image
 from transformers.image_utils import ChannelDimension, ImageInput
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import auto_docstring
 
-from ..llava_uhd.image_processing_pil_llava_uhd import PreparedImage
 from ..llava_uhd.image_processing_pil_square_llava_uhd import (
     SquareOrSlicesImageProcessorKwargs,
     SquareOrSlicesImageProcessorPil,
@@ -38,7 +38,7 @@ class LlavaMoleImageProcessorPil(SquareOrSlicesImageProcessorPil):
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Unpack[ImagesKwargs],
-    ) -> PreparedImage:
+    ) -> tuple[Image.Image, float]:
         """Brings a PIL image or an array to 8 bits, upright and, with `do_convert_rgb`, to RGB.
 
         As in the original, transparency is dropped: under transparent pixels lies whatever color the file has there.

@@ -20,6 +20,12 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.utils import auto_docstring
 
@@ -72,6 +78,11 @@ SLICES_DOCSTRING = """
         Epsilon of the resampler's layer norms.
     image_token_id (`int`, *optional*):
         Id of the `<image>` placeholder. Defaults to the text vocabulary's size: it is never embedded.
+    image_mean (`list[float]`, *optional*):
+        Mean of each channel in 0..1, by which the model normalises uint8 `pixel_values` itself. Defaults to the vision
+        tower's: CLIP's, or SigLIP's 0.5.
+    image_std (`list[float]`, *optional*):
+        Standard deviation of each channel, likewise.
 """
 
 
@@ -136,6 +147,8 @@ class SlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
     resampler_num_attention_heads: int | None = None
     resampler_layer_norm_eps: float = 1e-6
     image_token_id: int | None = None
+    image_mean: list[float] | tuple[float, ...] | None = None
+    image_std: list[float] | tuple[float, ...] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -147,6 +160,11 @@ class SlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
             self.resampler_num_attention_heads = max(self.text_config.hidden_size // 128, 1)
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size
+        is_siglip = "siglip" in self.vision_config.model_type
+        if self.image_mean is None:
+            self.image_mean = list(IMAGENET_STANDARD_MEAN if is_siglip else OPENAI_CLIP_MEAN)
+        if self.image_std is None:
+            self.image_std = list(IMAGENET_STANDARD_STD if is_siglip else OPENAI_CLIP_STD)
         # Text checkpoints such as Qwen1.5-1.8B carry the flag in their own configuration.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
@@ -167,6 +185,11 @@ class LlavaUhdConfig(SlicesConfig):
     image_token_id (`int`, *optional*):
         Id of the `<image>` placeholder. Defaults to the text vocabulary's size, one behind its last embedding: the
         placeholder is never embedded, so the vocabulary and its logits stay those of the original.
+    image_mean (`list[float]`, *optional*):
+        Mean of each channel in 0..1, by which the model itself normalises uint8 `pixel_values`, as image processors
+        return them with neither `do_rescale` nor `do_normalize`. Defaults to CLIP's.
+    image_std (`list[float]`, *optional*):
+        Standard deviation of each channel, likewise.
 
     Example:
 

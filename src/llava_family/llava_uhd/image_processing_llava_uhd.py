@@ -14,6 +14,7 @@
 """Torchvision image processor of LLaVA-UHD: on the device of its input, within a few grey levels of the PIL one."""
 
 import torch
+from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ImageInput, PILImageResampling, SizeDict
@@ -26,6 +27,7 @@ from .image_processing_pil_llava_uhd import (
     LlavaUhdSlicingMixin,
     image_grid,
 )
+from .pixels_llava_uhd import upright
 
 
 @auto_docstring
@@ -68,6 +70,8 @@ class LlavaUhdImageProcessor(LlavaUhdSlicingMixin, TorchvisionBackend):
         return prepared
 
     def process_image(self, image: ImageInput, *args, **kwargs) -> torch.Tensor:
+        if isinstance(image, Image.Image):
+            image = upright(image)
         image = super().process_image(image, *args, **kwargs)
         if image.is_floating_point() and image.numel():
             low, high = image.aminmax()

@@ -13,10 +13,13 @@
 # limitations under the License.
 """PIL image processor of LLaVA-UHD, the default: its pixels are those of the original code."""
 
-from typing import Any
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
@@ -30,7 +33,24 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, auto_docstring
 
+from .pixels_llava_uhd import (
+    TORCH_FILTERS,
+    Normalization,
+    PreparedImage,
+    draft_jpeg,
+    is_undecoded_jpeg,
+    map_in_threads,
+    open_image,
+    resize_image,
+    to_torch_source,
+    upright,
+    upright_size,
+    write_pixels,
+)
 from .slicing_llava_uhd import SlicePlan, plan_slices, pre_resize_size
+
+
+ResampleBackend = Literal["pil", "torch"]
 
 
 class LlavaUhdImageProcessorKwargs(ImagesKwargs, total=False):
@@ -44,19 +64,24 @@ class LlavaUhdImageProcessorKwargs(ImagesKwargs, total=False):
     pre_resize_longest_edge (`int`, *optional*):
         Resizes every image to this longest side before it is sliced. The original's evaluation uses 1024 for GQA,
         TextVQA, VizWiz, VQAv2, MME, POPE and ScienceQA.
+    resample_backend (`"pil"` or `"torch"`, *optional*, defaults to `"pil"`):
+        For the PIL backend: what resizes images. `"pil"` has the original's pixels. `"torch"` is several times as
+        fast, and every 8-bit pixel is within two grey levels of them; it knows `resample` bicubic and bilinear.
+    use_jpeg_draft (`bool`, *optional*, defaults to `False`):
+        For the PIL backend: whether to decode large JPEG files, given by path or bytes or not yet loaded, at the half,
+        quarter or eighth of their size that is still at least as large as their views. Photographs of many megapixels
+        are then several times as fast. Slices are those of the original size, but pixels are not exactly the same.
     """
 
     base_size: int
     patch_size: int
     max_slices: int
     pre_resize_longest_edge: int | None
+    resample_backend: ResampleBackend
+    use_jpeg_draft: bool
 
 
 SLICING_SETTINGS = ("base_size", "patch_size", "max_slices", "pre_resize_longest_edge", "do_resize")
-
-
-# A prepared image, and the value that its grey level 255 stands for: 255, or 1 for float arrays in 0..1
-PreparedImage = tuple[Image.Image, float]
 
 
 def plan_image(
@@ -101,13 +126,32 @@ def to_patches(pixels: np.ndarray, rows: int, columns: int, patch_size: int) -> 
         patches of each row by row.
     """
     height, width, channels = pixels.shape
-    shape = (rows, height // (rows * patch_size), patch_size, columns, width // (columns * patch_size), patch_size)
-    patches = pixels.reshape(*shape, channels).transpose(0, 3, 1, 4, 6, 2, 5)
-    return patches.reshape(-1, channels, patch_size**2)
+    patches = np.empty((height * width // patch_size**2, channels, patch_size**2), pixels.dtype)
+    places = patch_rows(patches, rows, columns, width)
+    places[...] = pixels.reshape(places.shape)
+    return patches
+
+
+def patch_rows(patches: np.ndarray, rows: int, columns: int, width: int) -> np.ndarray:
+    """The places of a `width` pixels wide image's pixels in the patches of its views, in the order of the image.
+
+    Args:
+        patches (`np.ndarray` of shape `(patches, channels, patch_size**2)`): As `to_patches` returns them.
+
+    Returns:
+        View of shape `(rows, patch rows per view, patch_size, columns, patch columns per view, patch_size, channels)`.
+    """
+    channels, patch_size = patches.shape[1], math.isqrt(patches.shape[2])
+    shape = (rows, columns, -1, width // (columns * patch_size), channels, patch_size, patch_size)
+    return patches.reshape(shape).transpose(0, 2, 5, 1, 3, 6, 4)
 
 
 class LlavaUhdSlicingMixin:
-    """What the two backends of the image processor share: how an image of a given size is sliced."""
+    """What the two backends of the image processor share: ways in, and how an image of a given size is sliced."""
+
+    # For the PIL backend, but a saved image processor has the settings of both.
+    resample_backend: ResampleBackend = "pil"
+    use_jpeg_draft = False
 
     @property
     def model_input_names(self) -> list[str]:
@@ -126,6 +170,26 @@ class LlavaUhdSlicingMixin:
         # The size to resize to follows from each image's own, there is no `size` to ask for.
         kwargs.pop("do_resize")
         super()._validate_preprocess_kwargs(**kwargs)
+
+    def fetch_images(self, image_url_or_urls):
+        """Opens images that are given by path, URL or the bytes of a file; those in files are decoded later.
+
+        Raises:
+            ValueError: if one cannot be read, with its index among all images.
+        """
+        indices = itertools.count()
+
+        def fetch(image):
+            if isinstance(image, list | tuple):
+                return [fetch(part) for part in image]
+            index = next(indices)
+            try:
+                return super(LlavaUhdSlicingMixin, self).fetch_images(open_image(image))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                name = f"{len(image)} bytes" if isinstance(image, bytes | bytearray) else f"{str(image)[:200]!r}"
+                raise ValueError(f"Image {index} ({name}) cannot be read: {error}") from error
+
+        return fetch(image_url_or_urls)
 
     @staticmethod
     def plan_images(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[tuple[int, int], SlicePlan]]:
@@ -162,29 +226,56 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
     def preprocess(self, images: ImageInput, **kwargs: Unpack[LlavaUhdImageProcessorKwargs]) -> BatchFeature:
         r"""
         Returns:
-            [`BatchFeature`] with `pixel_values` of shape `(total_patches, channels * patch_size**2)`, float32, patches
-            of all views of all images (slices row by row, then the overview), and `image_grids` of shape `(num_images,
-            3, 2)`: `(rows, columns)` of slices, of the patches of a slice, of the patches of the overview.
+            [`BatchFeature`] with `pixel_values` of shape `(total_patches, channels * patch_size**2)`, patches of all
+            views of all images (slices row by row, then the overview), and `image_grids` of shape `(num_images, 3,
+            2)`: `(rows, columns)` of slices, of the patches of a slice, of the patches of the overview. Pixel values
+            are float32, or uint8 grey levels with neither `do_rescale` nor `do_normalize`: models normalise those
+            themselves, on their device.
+
+        Images are decoded, resized and written on as many threads as torch may use, `torch.get_num_threads()`.
         """
         return super().preprocess(images, **kwargs)
 
-    def fetch_images(self, image_url_or_urls):
-        try:
-            return super().fetch_images(image_url_or_urls)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            if isinstance(image_url_or_urls, str):
-                raise ValueError(f"The image {image_url_or_urls!r} cannot be read: {error}") from error
-            raise
+    def _validate_preprocess_kwargs(self, **kwargs):
+        backend, resample = kwargs["resample_backend"], kwargs["resample"]
+        if backend not in ("pil", "torch"):
+            raise ValueError(f'`resample_backend` must be "pil" or "torch", but is {backend!r}.')
+        if backend == "torch" and resample not in TORCH_FILTERS:
+            raise ValueError(
+                f'`resample_backend="torch"` resizes by bicubic or bilinear filters, but `resample` is {resample!r}.'
+            )
+        super()._validate_preprocess_kwargs(**kwargs)
 
     def _prepare_image_like_inputs(self, images: ImageInput, *args, expected_ndims: int = 3, **kwargs) -> list:
         images = self._prepare_images_structure(images, expected_ndims=expected_ndims)
-        prepared = []
-        for index, image in enumerate(images):
+        # An image that occurs again is the same one: no two threads may decode it.
+        indices = {id(image): index for index, image in reversed(list(enumerate(images)))}
+
+        def prepare(index):
             try:
-                prepared.append(self.process_image(image, *args, **kwargs))
+                return self._prepare_image(images[index], *args, **kwargs)
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise ValueError(f"Image {index} of {len(images)} cannot be processed: {error}") from error
-        return prepared
+
+        first_indices = sorted(indices.values())
+        prepared = dict(zip(first_indices, map_in_threads(prepare, first_indices), strict=True))
+        return [prepared[indices[id(image)]] for image in images]
+
+    def _prepare_image(self, image: ImageInput, *args, **kwargs) -> PreparedImage:
+        size = None
+        if kwargs["use_jpeg_draft"] and is_undecoded_jpeg(image):
+            size = upright_size(image)
+            image = draft_jpeg(image, self._least_size(*size, **kwargs))
+        image, white = self.process_image(image, *args, **kwargs)
+        return PreparedImage(image, white, size or image.size)
+
+    def _least_size(self, width: int, height: int, **kwargs) -> tuple[int, int]:
+        """Least `(width, height)` of a draft, from which no view is scaled up that is scaled down from the image."""
+        size, plan = plan_image(width, height, **{name: kwargs[name] for name in SLICING_SETTINGS})
+        if size != (width, height):
+            return size
+        refined_size = plan.refined_size or plan.overview_size
+        return max(refined_size[0], plan.overview_size[0]), max(refined_size[1], plan.overview_size[1])
 
     def process_image(
         self,
@@ -192,15 +283,18 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Unpack[ImagesKwargs],
-    ) -> PreparedImage:
+    ) -> tuple[Image.Image, float]:
         """Brings a PIL image or an array to 8 bits, upright and, with `do_convert_rgb`, to RGB over white.
+
+        Returns:
+            The image, and the value that its grey level 255 stands for.
 
         Raises:
             ValueError: if the image has no pixels, or an array holds values that are no grey levels.
         """
         white = 255.0
         if isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
+            image = upright(image)
         else:
             image, white = self._array_to_image(image, input_data_format)
         if min(image.size) < 1:
@@ -244,31 +338,31 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         image_mean: float | list[float] | None,
         image_std: float | list[float] | None,
         patch_size: int,
+        resample_backend: ResampleBackend = "pil",
         return_tensors: str | TensorType | None = None,
         **kwargs,
     ) -> BatchFeature:
         settings = {name: kwargs[name] for name in SLICING_SETTINGS if name in kwargs}
         settings.update(do_resize=do_resize, patch_size=patch_size)
-        plans = self.plan_images([image.size for image, _ in images], settings)
+        plans = self.plan_images([image.size for image in images], settings)
         channels = _common_channels(images)
+        normalization = (channels, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         num_patches = sum(plan.num_patches for _, plan in plans)
-        pixel_values = np.empty((num_patches, channels, patch_size**2), dtype=np.float32)
-        start = 0
-        for (image, white), (size, plan) in zip(images, plans, strict=True):
-            values = self._grey_level_values(
-                channels, white, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-            )
-            image = image if image.size == size else image.resize(size, resample)
-            for view_size, rows, columns in ((plan.refined_size, plan.rows, plan.columns), (plan.overview_size, 1, 1)):
-                if view_size is None:
-                    continue
-                view = image if image.size == view_size else image.resize(view_size, resample)
-                pixels = np.asarray(view).reshape(view.height, view.width, channels)
-                patches = to_patches(pixels, rows, columns, patch_size)
-                target = pixel_values[start : start + len(patches)]
-                for channel in range(channels):
-                    target[:, channel] = values[channel][patches[:, channel]]
-                start += len(patches)
+        dtype = self._pixel_dtype(images, do_rescale, do_normalize)
+        pixel_values = np.empty((num_patches, channels, patch_size**2), dtype)
+
+        def pre_resize(index):
+            (image, _, planned_size), (size, _) = images[index], plans[index]
+            source = to_torch_source(image) if resample_backend == "torch" else image
+            return source if size == planned_size else resize_image(source, size, resample)
+
+        def write_view(view):
+            index, size, places = view
+            pixels = np.asarray(resize_image(sources[index], size, resample)).reshape(size[1], size[0], channels)
+            write_pixels(places, pixels, self._normalization(images[index].white, *normalization))
+
+        sources = map_in_threads(pre_resize, range(len(images)))
+        map_in_threads(write_view, self._places_of_views([plan for _, plan in plans], pixel_values))
         data = {
             "pixel_values": pixel_values.reshape(num_patches, -1),
             "image_grids": np.array([image_grid(plan) for _, plan in plans], dtype=np.int64),
@@ -276,36 +370,44 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     @staticmethod
-    def _grey_level_values(
-        num_channels: int,
+    def _places_of_views(
+        plans: list[SlicePlan], patches: np.ndarray
+    ) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
+        """For each size that an image is resized to: the image's index, the size, and its places in the `patches`."""
+        start = 0
+        for index, plan in enumerate(plans):
+            for size, rows, columns in ((plan.refined_size, plan.rows, plan.columns), (plan.overview_size, 1, 1)):
+                if size is not None:
+                    end = start + size[0] * size[1] // plan.patch_size**2
+                    yield index, size, patch_rows(patches[start:end], rows, columns, size[0])
+                    start = end
+
+    @staticmethod
+    def _pixel_dtype(images: list[PreparedImage], do_rescale: bool, do_normalize: bool) -> type[np.generic]:
+        is_grey_levels = not do_rescale and not do_normalize and all(image.white == 255 for image in images)
+        return np.uint8 if is_grey_levels else np.float32
+
+    @staticmethod
+    def _normalization(
         white: float,
+        num_channels: int,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
         image_mean: float | list[float] | None,
         image_std: float | list[float] | None,
-    ) -> np.ndarray:
-        """What each of the 256 grey levels becomes in each channel, `(channels, 256)`.
-
-        Looking the levels up is exact, since rescaling and normalising see one pixel at a time, and touches each once.
-        """
-        levels = np.arange(256)
-        if white == 1.0:
-            levels = (levels / 255).astype(np.float32)
-        elif do_rescale:
-            levels = (levels * rescale_factor).astype(np.float32)
-        values = np.tile(levels.astype(np.float32), (num_channels, 1))
-        if do_normalize:
-            mean, std = (
-                np.broadcast_to(np.asarray(stat, dtype=np.float32), (num_channels,))
-                for stat in (image_mean, image_std)
-            )
-            values = (values - mean[:, None]) / std[:, None]
-        return values
+    ) -> Normalization:
+        # What came as floats in 0..1 is rescaled already, whatever the flag says: back to what it was.
+        factor = 1 / 255 if white == 1.0 else rescale_factor if do_rescale else None
+        mean, std = (
+            np.broadcast_to(np.asarray(stat, dtype=np.float32), (num_channels,)) if do_normalize else None
+            for stat in (image_mean, image_std)
+        )
+        return Normalization(factor, mean, std)
 
 
 def _common_channels(images: list[PreparedImage]) -> int:
-    channels = [len(image.getbands()) for image, _ in images]
+    channels = [len(image.image.getbands()) for image in images]
     if len(set(channels)) > 1:
         raise ValueError(
             f"With `do_convert_rgb=False` all images of a call must have as many channels, but they have {channels}."

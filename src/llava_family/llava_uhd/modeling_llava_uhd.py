@@ -37,17 +37,21 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, torch_compilable_check
+from transformers.utils import TransformersKwargs, auto_docstring, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_llava_uhd import LlavaUhdConfig, LlavaUhdVisionConfig
 from .weight_mapping_llava_uhd import original_weight_mapping, unused_original_weights
+
+
+logger = logging.get_logger(__name__)
 
 
 # (width, height) of the samples per region, in the original's order: the first of equally good ones wins.
@@ -279,8 +283,43 @@ class LlavaUhdVisionEncoder(nn.Module):
         self.gradient_checkpointing = False
 
 
+def preferred_flash_attention(dtype: torch.dtype) -> str | None:
+    """
+    The flash attention that runs in `dtype` on this machine's CUDA device and is installed, the most complete one
+    first.
+    """
+    if dtype not in (torch.float16, torch.bfloat16) or not torch.cuda.is_available():
+        return None
+    major, _ = torch.cuda.get_device_capability()
+    for version, needs in FLASH_ATTENTION_COMPATIBILITY_MATRIX.items():
+        if major >= needs.get("cuda_min_major_version", 8) and needs["general_availability_check"]():
+            return f"flash_attention_{version}"
+    logger.warning_once(
+        "Attention runs by `sdpa`, since no flash attention is installed. `pip install flash-attn` makes images of "
+        "many views, and long prompts, faster."
+    )
+    return None
+
+
+class FlashAttentionByDefaultMixin:
+    """Where nothing was asked for, flash attention if it can run, for vision, resampler and text alike."""
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, allow_all_kernels: bool = False
+    ) -> str:
+        if attn_implementation is None and is_init_check:
+            # While `from_pretrained` builds a model, the default dtype is that of its weights.
+            attn_implementation = preferred_flash_attention(torch.get_default_dtype())
+            if attn_implementation is not None:
+                logger.info_once(f'Attention runs by `{attn_implementation}`; `attn_implementation="sdpa"` opts out.')
+                self.config._attn_implementation = attn_implementation  # and of its parts, which are built after this
+        # Of `PreTrainedModel`, which stands behind this class
+        check = super()._check_and_adjust_attn_implementation  # type: ignore[misc]
+        return check(attn_implementation, is_init_check, allow_all_kernels)
+
+
 @auto_docstring
-class LlavaUhdPreTrainedModel(PreTrainedModel):
+class LlavaUhdPreTrainedModel(FlashAttentionByDefaultMixin, PreTrainedModel):
     config: LlavaUhdConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
@@ -554,6 +593,24 @@ def view_grids_of(image_grids: torch.Tensor) -> list[list[tuple[int, int]]]:
     return view_grids
 
 
+def normalize_grey_levels(pixel_values: torch.Tensor, config: LlavaUhdConfig) -> torch.Tensor:
+    """Rescales and normalises uint8 `pixel_values` on their device, in float32; others are normalised already.
+
+    Args:
+        pixel_values (`torch.Tensor`): Of shape `(patches, channels * patch_size**2)` or `(images, channels, height,
+            width)`, as image processors return them with neither `do_rescale` nor `do_normalize` if uint8.
+        config (`PreTrainedConfig`): With `image_mean` and `image_std`.
+    """
+    if pixel_values.dtype != torch.uint8:
+        return pixel_values
+    mean, std = (
+        torch.tensor(stat, dtype=torch.float32, device=pixel_values.device)[:, None]
+        for stat in (config.image_mean, config.image_std)
+    )
+    channels = pixel_values.flatten(1).unflatten(1, (len(mean), -1))  # (rows, channels, values per channel)
+    return ((channels.float() / 255 - mean) / std).view(pixel_values.shape)
+
+
 def encode_views(
     vision_tower: "LlavaUhdVisionModel",
     resampler: LlavaUhdResampler,
@@ -570,6 +627,7 @@ def encode_views(
             f"`pixel_values` must have one row for each of the {sum(patch_counts)} patches that `image_grids` "
             f"describes, but has shape {tuple(pixel_values.shape)}."
         )
+    pixel_values = normalize_grey_levels(pixel_values, resampler.config)
     # Views of equal shape are brought together, whichever image they belong to.
     order = sorted(range(len(view_grids)), key=view_grids.__getitem__)
     patches = pixel_values.split(patch_counts)

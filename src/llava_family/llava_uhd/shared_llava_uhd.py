@@ -25,7 +25,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import AutoModel
 
-from .modeling_llava_uhd import ImagePlaceholderMixin, LlavaUhdResampler, LlavaUhdVisionModel, encode_views
+from .modeling_llava_uhd import (
+    ImagePlaceholderMixin,
+    LlavaUhdResampler,
+    LlavaUhdVisionModel,
+    encode_views,
+    normalize_grey_levels,
+)
 
 
 class SquareProjector(nn.Module):
@@ -73,7 +79,7 @@ class SquareOrSlicesMixin(ImagePlaceholderMixin):
         # A layer's number captures this layer only; who asks for all of them gets them.
         layer = self.config.vision_feature_layer
         kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layer
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        outputs = self.vision_tower(normalize_grey_levels(pixel_values, self.config), return_dict=True, **kwargs)
         features = outputs.hidden_states[layer]
         # CODEPATH: "default" for all releases, those with SigLIP too
         if self.config.vision_feature_select_strategy == "default":

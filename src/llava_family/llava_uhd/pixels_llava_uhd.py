@@ -1,0 +1,206 @@
+# Copyright 2026 The llava-family authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From image files to pixel values: opening, decoding, resizing and writing, on as many threads as torch may use.
+
+PIL, numpy and torch release the interpreter's lock while they work, so plain threads share the cores.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from PIL import ExifTags, Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from transformers.image_utils import PILImageResampling
+
+
+# torch resizes by no other filter as PIL does; PIL's own default is bicubic
+TORCH_FILTERS = {
+    None: "bicubic",
+    PILImageResampling.BICUBIC: "bicubic",
+    PILImageResampling.BILINEAR: "bilinear",
+}
+
+PILLOW_VERSION = int(PIL.__version__.split(".")[0])
+
+
+class PreparedImage(NamedTuple):
+    """An image before it is resized.
+
+    Attributes:
+        image (`Image.Image`): The image, upright, of 8 bits.
+        white (`float`): The value that its grey level 255 stands for: 255, or 1 for float arrays in 0..1.
+        size (`tuple[int, int]`): `(width, height)` that its views are planned for, which a draft is smaller than.
+    """
+
+    image: Image.Image
+    white: float
+    size: tuple[int, int]
+
+
+def map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """`function` of every item, in order, on up to `torch.get_num_threads()` threads; the first failing item's error.
+
+    That number is 1 in the worker processes of a torch `DataLoader`. Threads are not kept: a fork would lose them.
+    """
+    items = list(items)
+    num_threads = min(torch.get_num_threads(), len(items))
+    if num_threads <= 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(function, items))
+
+
+def open_image(image: Any) -> Any:
+    """The image in a file, whose path or bytes are given, not decoded yet. Anything else is returned as it is.
+
+    Raises:
+        OSError: if there is no such file, or no image in it.
+    """
+    if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.isfile(image)):
+        # Read, not kept open: a list may have more images than a process may have open files.
+        with open(image, "rb") as file:
+            image = file.read()
+    return Image.open(BytesIO(image)) if isinstance(image, bytes | bytearray) else image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """`image` as its EXIF orientation says that it is to be shown; itself where that is how it lies."""
+    image.load()  # The EXIF data of a PNG file may stand behind its pixels.
+    return ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def is_undecoded_jpeg(image: Any) -> bool:
+    """Whether `image` is the first image of a JPEG file, and its pixels are still to be decoded."""
+    return isinstance(image, JpegImageFile) and bool(image.tile) and image.fp is not None and image.tell() == 0
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """`(width, height)` that an undecoded JPEG will have when it is upright."""
+    return (image.height, image.width) if _orientation(image) in range(5, 9) else image.size
+
+
+def draft_jpeg(image: JpegImageFile, size: tuple[int, int]) -> Image.Image:
+    """An undecoded JPEG, opened once more to be decoded at 1/2, 1/4 or 1/8 of its size, where that is at least `size`.
+
+    Args:
+        image (`JpegImageFile`): An undecoded JPEG, which is left as it is: PIL would draft it for whoever owns it.
+        size (`tuple[int, int]`): Least `(width, height)` of the decoded image when it is upright.
+    """
+    draft = Image.open(image.fp)  # type: ignore[arg-type]
+    draft.draft(None, size if upright_size(image) == image.size else size[::-1])
+    return draft
+
+
+def resize_image(
+    image: Image.Image | np.ndarray, size: tuple[int, int], resample: int | None
+) -> Image.Image | np.ndarray:
+    """Resizes a PIL image by PIL, or an array by torch, which comes within two grey levels of PIL.
+
+    Args:
+        image (`Image.Image`, or `np.ndarray` of shape `(height, width)` or `(height, width, channels)`): 8-bit image.
+        size (`tuple[int, int]`): `(width, height)` to resize it to.
+        resample (`int`, *optional*): PIL's filter; for arrays one of `TORCH_FILTERS`.
+    """
+    if isinstance(image, Image.Image):
+        return image if image.size == size else image.resize(size, resample)
+    width, height = size
+    old_height, old_width = image.shape[:2]
+    tensor = torch.from_numpy(image).reshape(1, old_height, old_width, -1).permute(0, 3, 1, 2)  # channels last: fast
+    sizes = [(height, width)]
+    # In between, values are rounded and clamped to 8 bits. torch resizes horizontally first, as Pillow before 13 did.
+    if PILLOW_VERSION >= 13 and 0 < old_height - height > 2 * (old_width - width):
+        sizes.insert(0, (height, old_width))
+    for new_size in sizes:
+        if tensor.shape[2:] != new_size:
+            mode = TORCH_FILTERS[resample]
+            tensor = torch.nn.functional.interpolate(tensor, new_size, mode=mode, antialias=True)
+    return tensor.permute(0, 2, 3, 1).reshape(height, width, *image.shape[2:]).numpy()
+
+
+def to_torch_source(image: Image.Image) -> Image.Image | np.ndarray:
+    """The array that torch resizes; the image itself where PIL does more, such as weighing colors by their opacity."""
+    return np.array(image) if image.mode in ("L", "RGB") else image
+
+
+class Normalization(NamedTuple):
+    """What is done to 8-bit grey levels: nothing, or `(level * factor - mean) / std`.
+
+    Attributes:
+        factor (`float`, *optional*): In float64 and then rounded to float32, as the original rescales.
+        mean, std (`np.ndarray` of shape `(channels,)`, *optional*): In float32.
+    """
+
+    factor: float | None
+    mean: np.ndarray | None
+    std: np.ndarray | None
+
+
+def write_pixels(target: np.ndarray, pixels: np.ndarray, normalization: Normalization) -> None:
+    """Writes 8-bit pixels to their places, normalised: by the original's operations, and so with its very bits.
+
+    One band of rows after the other passes through all operations, so that it stays in the processor's cache.
+
+    Args:
+        target (`np.ndarray` of shape `(bands, bands, band height, ..., channels)`): View of the places in the order of
+            the pixels: without its first two dimensions, a band is one run of pixels, row by row.
+        pixels (`np.ndarray` of shape `(height, width, channels)`): uint8.
+        normalization (`Normalization`): What is done to them.
+    """
+    factor, mean, std = normalization
+    if factor is None and mean is None:
+        target[...] = pixels.reshape(target.shape)
+        return
+    bands, band_height = target.shape[:2], target.shape[2]
+    rows = pixels.reshape(*bands, band_height, -1)
+    scaled, values = np.empty(rows.shape[2:], np.float64), np.empty(rows.shape[2:], np.float32)
+    if mean is not None and std is not None:
+        # One mean for each value of a row: numpy is slow where it has but three to repeat.
+        mean, std = (np.tile(stat, rows.shape[-1] // len(stat)) for stat in (mean, std))
+    for band in np.ndindex(bands):
+        if factor is None:
+            values[...] = rows[band]
+        else:
+            scaled[...] = rows[band]
+            scaled *= factor
+            values[...] = scaled
+        if mean is not None and std is not None:
+            values -= mean
+            values /= std
+        target[band] = values.reshape(target.shape[2:])
+
+
+__all__ = [
+    "TORCH_FILTERS",
+    "Normalization",
+    "PreparedImage",
+    "draft_jpeg",
+    "is_undecoded_jpeg",
+    "map_in_threads",
+    "open_image",
+    "resize_image",
+    "to_torch_source",
+    "upright",
+    "upright_size",
+    "write_pixels",
+]
