@@ -30,6 +30,8 @@ test-transformers: .venv/.installed
 bench: .venv/.installed
 	$(PY) benchmarks/flops.py
 	$(PY) benchmarks/image_processing.py
+	$(PY) benchmarks/vision.py
+	$(PY) benchmarks/prefill.py
 	$(PY) benchmarks/moe_layer.py
 	$(PY) benchmarks/mole_step.py
 	$(PY) benchmarks/conversion.py
