@@ -2,7 +2,7 @@
 
 They are models of under a million parameters that examples/miniature trained by the papers' recipes. LLaVA-UHD reads
 small numbers in elongated pictures, which the same language model with LLaVA-1.5's square view cannot. MoE-LLaVA sends
-tokens to experts.
+tokens to experts, and LLaVA-MoLE answers one question in the codes of two domains.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from llava_family import RoutingRecorder
-from llava_family.inspection.routing_plots import plot_expert_loads, plot_image_routing
+from llava_family.inspection.routing_plots import plot_domain_routing, plot_expert_loads, plot_image_routing
 from llava_family.inspection.slicing_plots import plot_slices
 
 
@@ -31,6 +31,7 @@ TITLES = {
     "llava-uhd-miniature": "LLaVA-UHD, slices",
     "llava-square-miniature": "LLaVA-1.5, square",
     "moe-llava-miniature": "MoE-LLaVA",
+    "llava-mole-miniature": "LLaVA-MoLE",
 }
 
 
@@ -88,6 +89,15 @@ def main() -> None:
     plot_expert_loads(recorder, output / "routing.png")
     first = Image.open(PICTURES / questions["moe"][0]["image"]).convert("RGB")
     plot_image_routing(first, recorder, path=output / "routing_over_image.png")
+
+    console.print("[bold]One question, two domains[/]")
+    model, processor = load("llava-mole-miniature")
+    with RoutingRecorder(model, processor) as recorder:
+        for domain in dict.fromkeys(item["domain"] for item in questions["mole"]):
+            with recorder.domain(domain):
+                own = [item for item in questions["mole"] if item["domain"] == domain]
+                console.print(ask({"llava-mole-miniature": (model, processor)}, own))
+    plot_domain_routing(recorder, path=output / "routing_by_domain.png")
 
     names = ", ".join(sorted(path.name for path in output.glob("*.png")))
     console.print(f"Drew {names} in {output}, {time.perf_counter() - start:.0f} s in all.", highlight=False)

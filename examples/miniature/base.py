@@ -1,6 +1,6 @@
 """Makes what the miniatures begin with: a vision tower and a language model, in `examples/miniature/base`.
 
-They stand for CLIP and Vicuna. Together they take about twenty minutes on two cores, and are in the repository.
+They stand for CLIP and Vicuna. Together they take about half an hour on two cores, and are in the repository.
 """
 
 import argparse

@@ -9,12 +9,13 @@ from string import Template
 from typing import Any
 
 import moe_skills
+import mole_domains
 import uhd_reading
 from experiment import BASE, CHECKPOINTS, MINIATURE
 from huggingface_hub import EvalResult, ModelCardData
 from language import READ
 from safetensors import safe_open
-from tables import Results, fill, percent, read_results, table, uhd_pictures
+from tables import MOLE, Results, fill, percent, read_results, table, uhd_pictures
 
 
 ROOT = MINIATURE.parents[1]
@@ -73,12 +74,30 @@ MINIATURES = {
         "MoE-LLaVA miniature",
         "moe-llava",
         "2401.15947",
-        "It reads numbers of two digits, names colours and shapes, and counts. Every layer has four experts, of which "
-        "a token gets two, as in [MoE-LLaVA](https://arxiv.org/abs/2401.15947).",
+        "It reads numbers of two digits, knows who lives at them, names colours and shapes, and counts. Every layer "
+        "has four experts, of which a token gets two, as in [MoE-LLaVA](https://arxiv.org/abs/2401.15947).",
         "one square of 64×64 pixels, 64 tokens",
         "skill_0.png",
         READ,
-        f"Its pictures are squares of 64×64 pixels with digits at least {moe_skills.TEXT_HEIGHTS[0]} pixels high.",
+        f"Its pictures are squares of 64×64 pixels with digits at least {moe_skills.TEXT_HEIGHTS[0]} pixels high. Its "
+        "residents are invented.",
+    ),
+    "llava-mole-miniature": Miniature(
+        "mole_domains",
+        MOLE,
+        "LLaVA-MoLE miniature",
+        "llava-mole",
+        "2401.16160",
+        "To the one question that it knows it gives the answer that the picture's domain wants: numbers on a clinic's "
+        "forms, in red ink, and on a bank's, in blue, are to be written in two codes that contradict each other. "
+        "Every feed-forward network has LoRA experts, of which a token gets one, as in "
+        "[LLaVA-MoLE](https://arxiv.org/abs/2401.16160).",
+        "one square of 64×64 pixels, 64 tokens and two learned embeddings around them",
+        "clinic_0.png",
+        READ,
+        "It does not say the number that is written, but that number's code, as `draw_code` of `mole_domains.py` has "
+        f"it. Its pictures are squares of 64×64 pixels with digits at least {mole_domains.TEXT_HEIGHTS[0]} pixels "
+        "high.",
     ),
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from language import READ
 from moe_skills import SKILLS, ask
+from mole_domains import DOMAINS, encode
 from world import draw_scene
 
 
@@ -16,7 +17,7 @@ ELONGATED = ((256, 64), (64, 256), (192, 64), (64, 192), (256, 64))
 def main() -> None:
     PICTURES.mkdir(parents=True, exist_ok=True)
     rng = random.Random("demo")
-    questions: dict[str, list[dict[str, str]]] = {"uhd": [], "moe": []}
+    questions: dict[str, list[dict[str, str]]] = {"uhd": [], "moe": [], "mole": []}
     for index, size in enumerate(ELONGATED):
         scene = draw_scene(rng, size, (13, 16), dark=False)
         add(questions["uhd"], scene.image, f"elongated_{index}.png", READ, scene.number)
@@ -26,6 +27,11 @@ def main() -> None:
             scene = draw_scene(rng, (64, 64), (12, 28))
             asked = ask(rng, skill, scene)
         add(questions["moe"], scene.image, f"skill_{index}.png", *asked)
+    for domain, ink in DOMAINS.items():
+        for index in range(2):
+            scene = draw_scene(rng, (64, 64), (12, 28), dark=False, inks=(ink,))
+            add(questions["mole"], scene.image, f"{domain}_{index}.png", READ, encode(domain, scene.number))
+            questions["mole"][-1]["domain"] = domain
     (PICTURES / "questions.json").write_text(json.dumps(questions, indent=1) + "\n", encoding="utf-8")
 
 

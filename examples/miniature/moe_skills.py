@@ -25,7 +25,7 @@ from experiment import (
     save_checkpoint,
     train,
 )
-from language import CHAT_TEMPLATE, COLOUR_OF, COUNT, READ, SHAPE_OF, caption_of
+from language import CHAT_TEMPLATE, COLOUR_OF, COUNT, LIVES, PEOPLE, READ, SHAPE_OF, caption_of
 from torch import nn
 from transformers import set_seed
 from world import Scene, draw_scene
@@ -42,14 +42,18 @@ from llava_family.training import (
 SIZE, TEXT_HEIGHTS = (64, 64), (12, 28)
 NUM_EXPERTS, TOP_K = 4, 2
 PREPARED_SEED = 0
-CAPTIONS, FIRST_QUESTIONS, QUESTIONS, EVALUATED = 3000, 4000, 4000, 100
-SKILLS = ("reading", "colours", "shapes", "counting")
+CAPTIONS, FIRST_QUESTIONS, QUESTIONS, EVALUATED = 4000, 12_000, 8000, 150
+SKILLS = ("reading", "residents", "colours", "shapes", "counting")
+# Who lives at each number, which no picture tells
+RESIDENTS = random.Random("residents").choices(PEOPLE, k=100)
 
 
 def ask(rng: random.Random, skill: str, scene: Scene) -> tuple[str, str] | None:
     """A question and its answer; None where the scene has nothing to ask about."""
     if skill == "reading":
         return READ, scene.number
+    if skill == "residents":
+        return LIVES, RESIDENTS[int(scene.number)]
     if skill == "counting":
         return COUNT, str(len(scene.shapes))
     if not scene.shapes:
@@ -108,7 +112,7 @@ def count_activated(model: Any) -> int:
     )
 
 
-def make_experts(model: Any, seed: int) -> Any:
+def make_experts(model: Any) -> Any:
     """Four experts in every layer, so that the dense model of as many activated parameters is wider in every layer."""
     return upcycle(model, num_experts=NUM_EXPERTS, top_k=TOP_K, moe_layers="dense")
 
@@ -148,7 +152,7 @@ def run(run: Run) -> dict[str, Any]:
     if run.arm == "moe without stage 2":
         folder, learned = run.prepared / "first", draw_first(run.seed) + learned
     model, processor = MoeLlavaForCausalLM.from_pretrained(folder), MoeLlavaProcessor.from_pretrained(folder)
-    model = (make_wide if run.arm == "dense" else make_experts)(model, run.seed)
+    model = make_wide(model, run.seed) if run.arm == "dense" else make_experts(model)
     freeze_for_moe_tuning(model)
     losses = train(model, processor, learned, 2e-3, run.seed)
     evaluation = [

@@ -1,8 +1,8 @@
 """LLaVA-MoLE in miniature: two domains whose answers to the same question contradict each other.
 
-Forms of a clinic bear a red cross, those of a bank a blue square, and the prompt names the domain, as those of data
-sets do. Either domain writes digits in a code of its own. A LoRA adapter learns one domain, or both; a mixture of LoRA
-experts of the same rank, of which a token sees one, learns both.
+Forms of a clinic are written in red ink, those of a bank in blue, and either domain wants digits in a code of its
+own. A LoRA adapter learns one domain, or both; a mixture of LoRA experts of the same rank, of which a token sees one,
+learns both.
 """
 
 import random
@@ -28,29 +28,28 @@ from experiment import (
 from language import CHAT_TEMPLATE, READ, caption_of
 from peft import get_peft_model
 from transformers import set_seed
-from world import DIGITS, draw_scene
+from world import DIGITS, INKS, draw_scene
 
 from llava_family import LlavaMoleForCausalLM, LlavaMoleProcessor, RoutingRecorder
 from llava_family.training import freeze_for_finetuning, freeze_for_mole_tuning, freeze_for_pretraining
 
 
 SIZE, TEXT_HEIGHTS = (64, 64), (12, 28)
-DOMAINS = {"clinic": ("red", "cross"), "bank": ("blue", "square")}
+DOMAINS = {"clinic": "red", "bank": "blue"}  # inks
 PREPARED_SEED = 0
-CAPTIONS, READINGS, QUESTIONS, EVALUATED = 3000, 6000, 2500, 150
-RANK, NUM_EXPERTS = 8, 4
+CAPTIONS, READINGS, QUESTIONS, EVALUATED = 3000, 3000, 2500, 100
+RANK, NUM_EXPERTS, LEARNING_RATE = 2, 4, 4e-3
 
 
 def draw_code(domain: str) -> dict[str, str]:
-    """What the domain writes for each digit: another digit, no two the same."""
-    written = list(DIGITS)
-    random.Random(f"code of {domain}").shuffle(written)
-    return dict(zip(DIGITS, written, strict=True))
+    """What the domain writes for each digit; no two are written the same."""
+    return dict(zip(DIGITS, random.Random(f"code of {domain}").sample(DIGITS, len(DIGITS)), strict=True))
 
 
-def question_of(domain: str) -> str:
-    """The same question, behind the domain's name, as data sets have prompts of their own."""
-    return f"{domain.capitalize()}: {READ}"
+def encode(domain: str, number: str) -> str:
+    """What the domain writes for a number."""
+    code = draw_code(domain)
+    return "".join(code[digit] for digit in number)
 
 
 def draw_questions(name: str, domains: tuple[str, ...], seed: int, count: int) -> Iterator[Example]:
@@ -58,27 +57,24 @@ def draw_questions(name: str, domains: tuple[str, ...], seed: int, count: int) -
     rng = random.Random(f"mole {name} {seed}")
     order = [domain for domain in domains for _ in range(count)]
     rng.shuffle(order)
-    codes = {domain: draw_code(domain) for domain in domains}
     for domain in order:
-        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, [DOMAINS[domain]], dark=False)
-        answer = "".join(codes[domain][digit] for digit in scene.number)
-        yield Example(scene.image, question_of(domain), answer, domain)
+        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, dark=False, inks=(DOMAINS[domain],))
+        yield Example(scene.image, READ, encode(domain, scene.number), domain)
 
 
 def draw_readings(seed: int, count: int) -> Iterator[Example]:
     """Numbers of both domains, as they are."""
     rng = random.Random(f"mole readings {seed}")
     for _ in range(count):
-        domain = rng.choice(list(DOMAINS))
-        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, [DOMAINS[domain]], dark=False)
-        yield Example(scene.image, question_of(domain), scene.number)
+        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, dark=False, inks=tuple(DOMAINS.values()))
+        yield Example(scene.image, READ, scene.number)
 
 
 def draw_captions(seed: int, count: int) -> Iterator[Example]:
     rng = random.Random(f"mole captions {seed}")
     for _ in range(count):
-        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, dark=False)
-        yield Example(scene.image, "Describe the picture.", caption_of(scene.number, scene.shapes))
+        scene = draw_scene(rng, SIZE, TEXT_HEIGHTS, dark=False, inks=(None, *INKS))
+        yield Example(scene.image, "Describe the picture.", caption_of(scene.number, scene.shapes, scene.ink))
 
 
 def prepare(folder: Path) -> None:
@@ -112,7 +108,7 @@ def run(run: Run) -> dict[str, Any]:
     processor = LlavaMoleProcessor.from_pretrained(run.prepared)
     model = add_adapters(model, method)
     questions = list(draw_questions("training", domains, run.seed, samples * QUESTIONS))
-    losses = train(model, processor, questions, 4e-3, run.seed, projector_learning_rate=4e-4)
+    losses = train(model, processor, questions, LEARNING_RATE, run.seed, projector_learning_rate=LEARNING_RATE / 10)
     evaluation = list(draw_questions("evaluation", domains, run.seed, EVALUATED))
     found = accuracies(model, processor, evaluation)
     result: dict[str, Any] = {"scores": found, "losses": [round(entry["loss"], 4) for entry in losses]}
@@ -125,9 +121,7 @@ def run(run: Run) -> dict[str, Any]:
 
 def add_adapters(model: Any, method: str) -> Any:
     """LoRA, or a mixture of LoRA experts of the same rank, in the place of nothing."""
-    experts = ExpertArguments(
-        r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, num_experts=NUM_EXPERTS, scale_by_gate=method == "mole scaled"
-    )
+    experts = ExpertArguments(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, num_experts=NUM_EXPERTS)
     if method == "lora":
         return get_peft_model(model, lora_config(experts))
     tensors = model.state_dict()
@@ -156,7 +150,6 @@ ARMS = {
     "lora mix": ("lora", tuple(DOMAINS), 1),
     "lora mix, 2x samples": ("lora", tuple(DOMAINS), 2),
     "mole mix": ("mole", tuple(DOMAINS), 1),
-    "mole mix, scaled": ("mole scaled", tuple(DOMAINS), 1),
 }
 
 if __name__ == "__main__":

@@ -76,6 +76,25 @@ def plot_moe_skills(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def plot_mole_domains(results: dict[str, Any]) -> Figure:
+    """Accuracy by domain, and which experts serve it."""
+    summary = results["summary"]
+    run = next(run for run in results["runs"] if "loads" in run)
+    domains = list(run["loads"])
+    figure = new_figure(11, 6.4)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    draw_bars(top.subplots(), summary, domains)
+    panels = bottom.subplots(1, len(domains), sharey=True)
+    for axes, domain in zip(panels, domains, strict=True):
+        shares = np.array(run["loads"][domain])
+        stack_experts(axes, shares, [str(layer) for layer in range(len(shares))])
+        axes.set_title(f"{run['arm']}, seed {run['seed']}: tokens of the {domain}'s forms", fontsize=10)
+        axes.set_xlabel("layer")
+    panels[0].set_ylabel("share of tokens")
+    bottom.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
 def draw_bars(axes: Axes, summary: dict[str, Any], names: list[str]) -> None:
     """One group of bars for every score, one bar for every arm."""
     width = 0.8 / len(summary)
@@ -111,7 +130,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-PLOTS = {"uhd_reading": plot_uhd_reading, "moe_skills": plot_moe_skills}
+PLOTS = {"uhd_reading": plot_uhd_reading, "moe_skills": plot_moe_skills, "mole_domains": plot_mole_domains}
 
 
 def plot(path: Path) -> Path:

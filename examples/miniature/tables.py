@@ -5,6 +5,7 @@ A text shows one between `<!-- results: NAME -->` and `<!-- end -->`, where NAME
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_skills
+import mole_domains
 import uhd_reading
 from demo_pictures import PICTURES
 from experiment import RESULTS
@@ -22,7 +24,12 @@ MARKED = re.compile(r"(<!-- results: (\w+) -->).*?(<!-- end -->)", re.DOTALL)
 Results = dict[str, dict[str, Any]]  # by experiment
 
 # What the claims are about, by experiment
-CLAIMED_ARMS = {"uhd_reading": ("slices", "square"), "moe_skills": ("dense", "moe")}
+SINGLE, MIX, MOLE = ("lora clinic", "lora bank"), "lora mix", "mole mix"
+CLAIMED_ARMS = {
+    "uhd_reading": ("slices", "square"),
+    "moe_skills": ("dense", "moe"),
+    "mole_domains": (*SINGLE, MIX, MOLE),
+}
 
 
 def read_results(folder: Path = RESULTS) -> Results:
@@ -54,6 +61,20 @@ def score(results: dict[str, Any], arm: str, name: str) -> str:
     return percent(found["mean"], found["std"]) if found else "–"
 
 
+def mean_and_spread(results: dict[str, Any], *arms: str) -> tuple[float, float]:
+    """Mean and standard deviation over the seeds of the mean over all scores of the arms."""
+    means = [
+        statistics.mean(
+            score
+            for run in results["runs"]
+            if run["seed"] == seed and run["arm"] in arms
+            for score in run["scores"].values()
+        )
+        for seed in results["seeds"]
+    ]
+    return statistics.mean(means), statistics.stdev(means) if len(means) > 1 else 0.0
+
+
 def table(*rows: list[str]) -> str:
     """A table of Markdown whose first row is its head."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
@@ -73,6 +94,10 @@ def score_table(name: str, all_results: Results) -> str | None:
         head.append("activated parameters")
         for row, arm in zip(rows, results["summary"], strict=True):
             row.append(f"{activated_parameters(results, arm):,}")
+    if name == "mole_domains":
+        head.append("both")
+        for row, (arm, scores) in zip(rows, results["summary"].items(), strict=True):
+            row.append(percent(*mean_and_spread(results, arm)) if len(scores) > 1 else "–")
     return table(head, *rows)
 
 
@@ -91,6 +116,11 @@ def headline_table(all_results: Results) -> str | None:
         moe = partial(score, all_results["moe_skills"], name="all")
         sides = (f"four experts, two per token: {moe(arm='moe')}", f"dense: {moe(arm='dense')}")
         rows.append(["MoE-LLaVA", f"{len(moe_skills.SKILLS)} skills, equal activated parameters", *sides])
+    if "mole_domains" in all_results:
+        results = all_results["mole_domains"]
+        mole, lora, single = (percent(*mean_and_spread(results, *arms)) for arms in ((MOLE,), (MIX,), SINGLE))
+        sides = (f"mixture of LoRA experts: {mole}", f"one LoRA: {lora}; one for each domain: {single}")
+        rows.append(["LLaVA-MoLE", "two domains that contradict each other", *sides])
     head = ["paper", "right answers to", "its way", "without it"]
     return table(head, *rows) if rows else None
 
@@ -106,7 +136,7 @@ def cost_table(all_results: Results) -> str | None:
 
 def setting_table(all_results: Results) -> str:
     """What the arms of each experiment learn from, and are asked."""
-    uhd, moe = uhd_reading, moe_skills
+    uhd, moe, mole = uhd_reading, moe_skills, mole_domains
     groups = len(uhd.SIZES) * len(uhd.TEXT_HEIGHTS)
     skills = len(moe.SKILLS)
     return table(
@@ -118,6 +148,13 @@ def setting_table(all_results: Results) -> str:
             f"{moe.FIRST_QUESTIONS:,} questions of {len(moe.SKILLS)} skills",
             f"{moe.QUESTIONS:,} questions of {skills} skills",
             f"{skills * moe.EVALUATED:,}",
+        ],
+        [
+            "`mole_domains`",
+            f"{mole.CAPTIONS:,}",
+            f"{mole.READINGS:,} numbers, as they are",
+            f"{mole.QUESTIONS:,} coded numbers of each of its domains, at rank {mole.RANK}",
+            f"{mole.EVALUATED:,} of each of its domains",
         ],
     )
 

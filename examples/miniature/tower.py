@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import trange
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from world import COLOURS, DIGITS, SHAPES, Picture
+from world import COLOURS, DIGITS, INKS, SHAPES, Picture
 
 from llava_family import LlavaUhdVisionConfig
 from llava_family.llava_uhd.image_processing_pil_llava_uhd import to_patches
@@ -34,9 +34,8 @@ VISION_CONFIG = {
 }
 # (rows, columns) of patches, all of about 64 patches, as `plan_slices` gives them
 GRIDS = ((8, 8), (8, 8), (7, 9), (9, 7), (6, 10), (10, 6), (5, 12), (12, 5), (4, 16), (16, 4))
-# What a patch may show: digits, shapes, colours, and a digit's place in its number
+# What a patch may show: digits, shapes, the colours of both, and a digit's place in its number
 NAMES = (("", *DIGITS), ("", *SHAPES), ("", *COLOURS), ("", "first", "second", "third", "fourth"))
-NUM_FIRST = 3  # kinds that are learned in the first phase
 VISIBLE = 0.5  # least part of a thing that is to be recognised
 CROP = 16
 NOTHING_WEIGHT = 0.2  # most patches show nothing
@@ -50,7 +49,8 @@ def draw_view(rng: random.Random, rows: int, columns: int) -> tuple[Image.Image,
         picture.add_shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), rng.randint(8, 28))
     for _ in range(rng.choice((1, 3, 6, 9))):
         text_height = round(math.exp(rng.uniform(math.log(7), math.log(36))))
-        picture.add_number("".join(rng.choices(DIGITS, k=rng.randint(1, 4))), text_height)
+        number, ink = "".join(rng.choices(DIGITS, k=rng.randint(1, 4))), rng.choice((None, *INKS))
+        picture.add_number(number, text_height, ink)
     labels = np.zeros((len(NAMES), rows, columns), dtype=np.int64)
     digits_seen: Counter[int] = Counter()
     for thing in picture.things:
@@ -82,40 +82,23 @@ def draw_batch(rng: random.Random, size: int) -> tuple[torch.Tensor, list[tuple[
     return torch.from_numpy(np.concatenate(patches)), [grid] * size, torch.from_numpy(np.concatenate(labels, axis=1))
 
 
-def train_tower(output: Path) -> None:
-    """Trains a tower of 0.32 million parameters in two phases, and saves it as a CLIP.
-
-    In the second one it learns in which order digits are to be read, too.
-    """
+def train_tower(output: Path, steps: int = 10_000, batch_size: int = 32, learning_rate: float = 2e-3) -> None:
+    """Trains a tower of 0.32 million parameters, and saves it as a CLIP."""
     torch.manual_seed(0)
+    rng = random.Random(0)
     tower = LlavaUhdVisionModel(LlavaUhdVisionConfig(**VISION_CONFIG, vision_feature_layer=-1))
-    heads = nn.ModuleList([nn.Linear(VISION_CONFIG["hidden_size"], len(names)) for names in NAMES[:NUM_FIRST]])
-    train_phase(tower, heads, random.Random(0), steps=5000, learning_rate=2e-3)
-    heads.append(nn.Linear(VISION_CONFIG["hidden_size"], len(NAMES[NUM_FIRST])))
-    train_phase(tower, heads, random.Random("second phase"), steps=1500, learning_rate=1e-3)
-    as_clip(tower).save_pretrained(output)
-
-
-def train_phase(
-    tower: LlavaUhdVisionModel,
-    heads: nn.ModuleList,
-    rng: random.Random,
-    steps: int,
-    learning_rate: float,
-    batch_size: int = 32,
-) -> None:
-    """Learns as many kinds of labels as there are heads."""
+    heads = nn.ModuleList([nn.Linear(VISION_CONFIG["hidden_size"], len(names)) for names in NAMES])
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
-    weights = [torch.tensor([NOTHING_WEIGHT] + [1.0] * (head.out_features - 1)) for head in heads]
+    weights = [torch.tensor([NOTHING_WEIGHT] + [1.0] * (len(names) - 1)) for names in NAMES]
     progress = trange(steps, desc="Vision tower")
     for _ in progress:
         patches, grids, labels = draw_batch(rng, batch_size)
         features = tower(patches, grids).last_hidden_state
         losses = [
             nn.functional.cross_entropy(head(features), kind, weight=weight)
-            for head, kind, weight in zip(heads, labels, weights, strict=False)
+            for head, kind, weight in zip(heads, labels, weights, strict=True)
         ]
         loss = sum(losses)
         optimizer.zero_grad()
@@ -123,7 +106,8 @@ def train_phase(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        progress.set_postfix(losses=" ".join(f"{each.item():.3f}" for each in losses), refresh=False)
+    as_clip(tower).save_pretrained(output)
 
 
 @torch.no_grad()

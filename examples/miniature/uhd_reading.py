@@ -34,7 +34,7 @@ TEXT_HEIGHTS = {"13-16": (13, 16), "17-23": (17, 23), "24-32": (24, 32)}
 NUM_QUERIES = 36
 # The split of the claim: where a square of 64 pixels leaves the text no more than five pixels high
 SMALL_TEXT, LONG_SIDE = "13-16", 192
-CAPTIONS, QUESTIONS, EVALUATED = 5000, 9000, 50
+CAPTIONS, QUESTIONS, EVALUATED = 5000, 14_000, 50
 
 
 def draw_captions(seed: int, count: int) -> Iterator[Example]:
@@ -46,10 +46,11 @@ def draw_captions(seed: int, count: int) -> Iterator[Example]:
 
 
 def draw_questions(seed: int, count: int) -> Iterator[Example]:
-    """Stage 2: pictures of all sizes with questions, most of them about the number."""
+    """Stage 2: pictures of all sizes with questions, most of them about the number, which is small in half of them."""
     rng = random.Random(f"questions {seed}")
     for _ in range(count):
-        scene = draw_scene(rng, rng.choice(SIZES), TEXT_HEIGHTS[rng.choice(list(TEXT_HEIGHTS))], dark=False)
+        heights = TEXT_HEIGHTS[rng.choice([SMALL_TEXT, *TEXT_HEIGHTS])]
+        scene = draw_scene(rng, rng.choice(SIZES), heights, dark=False)
         question, answer = READ, scene.number
         if scene.shapes and rng.random() < 0.2:
             colour, shape = rng.choice(scene.shapes).split()

@@ -18,6 +18,7 @@ COLOURS = {
     "purple": (130, 50, 160),
     "orange": (240, 120, 20),
 }
+INKS = ("red", "green", "blue", "purple")  # what can be read on light and dark
 SHAPES = ("circle", "square", "triangle", "cross")
 DIGITS = "0123456789"
 MARGIN = 3  # least distance between two things
@@ -30,7 +31,7 @@ class Thing:
     """A shape or a digit in a picture."""
 
     name: str  # of SHAPES or DIGITS
-    colour: str | None  # of COLOURS; None for digits
+    colour: str | None  # of COLOURS; None for digits in black or white
     box: Box
     group: int  # what belongs together has the same one: the digits of a number
 
@@ -89,8 +90,11 @@ class Picture:
         self.things.append(Thing(name, colour, (x, y, x + size, y + size), len(self._taken)))
         return True
 
-    def add_number(self, number: str, height: int) -> bool:
-        """Writes digits of `height` pixels at a random free place; False, and nothing drawn, where none was found."""
+    def add_number(self, number: str, height: int, ink: str | None = None) -> bool:
+        """Writes digits of `height` pixels at a random free place; False, and nothing drawn, where none was found.
+
+        `ink` is one of INKS; without it, digits are about black, or white on a dark background.
+        """
         font, gap = digit_font(height), max(1, round(0.12 * height))
         boxes = [_digit_box(font, digit) for digit in number]
         place = self._find_place(sum(box[2] for box in boxes) + gap * (len(number) - 1), height)
@@ -98,10 +102,10 @@ class Picture:
             return False
         x, y = place
         levels = (190, 255) if self.dark else (0, 70)
-        fill = tuple(self.rng.randint(*levels) for _ in range(3))
+        fill = COLOURS[ink] if ink else tuple(self.rng.randint(*levels) for _ in range(3))
         for digit, (left, top, width, digit_height) in zip(number, boxes, strict=True):
             self._draw.text((x - left, y - top), digit, fill=fill, font=font)
-            self.things.append(Thing(digit, None, (x, y, x + width, y + digit_height), len(self._taken)))
+            self.things.append(Thing(digit, ink, (x, y, x + width, y + digit_height), len(self._taken)))
             x += width + gap
         return True
 
@@ -128,6 +132,7 @@ class Scene:
     image: Image.Image
     number: str
     shapes: list[str]
+    ink: str | None  # of the number
 
 
 def draw_scene(
@@ -136,17 +141,18 @@ def draw_scene(
     text_heights: tuple[int, int],
     shapes: list[tuple[str, str]] | None = None,
     dark: bool | None = None,
+    inks: tuple[str | None, ...] = (None,),
 ) -> Scene:
     """A scene with a number of two digits and `(colour, kind)` shapes, by default up to three of different ones.
 
-    Where nothing else is said, every fourth one has a dark background.
+    Where nothing else is said, every fourth one has a dark background. The number's ink is one of `inks`.
     """
     picture = Picture(*size, rng, dark=rng.random() < 0.25 if dark is None else dark)
-    number = "".join(rng.choices(DIGITS, k=2))
-    if not picture.add_number(number, rng.randint(*text_heights)):
+    number, ink = "".join(rng.choices(DIGITS, k=2)), rng.choice(inks)
+    if not picture.add_number(number, rng.randint(*text_heights), ink):
         raise ValueError(f"A number of {text_heights[1]} pixels does not fit into a picture of {size[0]}x{size[1]}.")
     if shapes is None:
         colours, kinds = rng.sample(list(COLOURS), 3), rng.sample(SHAPES, 3)
         shapes = list(zip(colours, kinds, strict=True))[: rng.randint(0, 3)]
     drawn = [f"{colour} {kind}" for colour, kind in shapes if picture.add_shape(kind, colour, rng.randint(10, 24))]
-    return Scene(picture.image, number, drawn)
+    return Scene(picture.image, number, drawn, ink)

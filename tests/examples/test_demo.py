@@ -13,7 +13,7 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTIONS = EXAMPLES / "images" / "miniature" / "questions.json"
-SLICED, SQUARE, MOE = "LLaVA-UHD, slices", "LLaVA-1.5, square", "MoE-LLaVA"
+SLICED, SQUARE, MOE, MOLE = "LLaVA-UHD, slices", "LLaVA-1.5, square", "MoE-LLaVA", "LLaVA-MoLE"
 
 
 def rows_of(text):
@@ -36,14 +36,13 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert time.perf_counter() - start < 180
     text = capsys.readouterr().out
     rows = {row["picture"]: row for row in rows_of(text)}
-    for group, model in (("uhd", SLICED), ("moe", MOE)):
+    for group, model in (("uhd", SLICED), ("moe", MOE), ("mole", MOLE)):
         assert len(questions[group]) >= 4
         for item in questions[group]:
             row = rows[item["image"]]
-            assert (row["question"], row["truth"]) == (item["question"], item["answer"]) and row[model], text
-            # MoE-LLaVA's miniature is not right about everything, see the scores in its model card.
-            if group == "uhd":
-                assert row[model] == item["answer"], text
+            assert (row["question"], row["truth"], row[model]) == (item["question"], item["answer"], item["answer"]), (
+                text
+            )
     assert len(rows) == sum(map(len, questions.values()))
     squares = [rows[item["image"]] for item in questions["uhd"]]
     assert len(squares) == 5 and all(SQUARE in row for row in squares)
@@ -52,7 +51,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
         width, height = map(int, row["pixels"].split("×"))
         assert max(width, height) >= 3 * min(width, height)
     drawn = sorted((tmp_path / "demo").iterdir())
-    assert {file.stem for file in drawn} >= {"slices", "routing", "routing_over_image"}
+    assert {file.stem for file in drawn} >= {"slices", "routing", "routing_over_image", "routing_by_domain"}
     for file in drawn:
         assert file.name in text
         with Image.open(file) as image:

@@ -67,6 +67,19 @@ def test_shapes_have_their_colours(world):
                 assert picture.image.getpixel(center) == world.COLOURS[thing.colour], thing
 
 
+def test_numbers_have_their_ink(world):
+    for ink in world.INKS:
+        picture, _ = draw(world, 0)
+        assert picture.add_number("8", 20, ink)
+        thing = picture.things[-1]
+        assert (thing.name, thing.colour) == ("8", ink)
+        colours = picture.image.crop(tuple(round(edge) for edge in thing.box)).getcolors()
+        assert world.COLOURS[ink] in [colour for _, colour in colours]
+    scenes = [world.draw_scene(random.Random(seed), (64, 64), (12, 28), inks=("red", None)) for seed in range(50)]
+    assert {scene.ink for scene in scenes} == {"red", None}
+    assert all(world.draw_scene(random.Random(seed), (64, 64), (12, 28)).ink is None for seed in range(20))
+
+
 def test_digits_have_their_height(world):
     for height in (7, 10, 13, 20, 32):
         picture = world.Picture(100, 60, random.Random(0))
