@@ -2,10 +2,10 @@
 
     python benchmarks/prefill.py [--rounds 3] [--threads 2] [--quick] [--json]
 
-Both have the widths of CLIP ViT-L/14-336 and of Vicuna 7B's text model and an eighth of their layers, so that they fit
-a CPU and each part keeps its share of the work. The vision tower's last layer, which only LLaVA-NeXT would run in vain,
-is run by both. Weights are random, float32, and pixels noise: what a pixel shows does not change the work. Exits with 1
-where a claim fails.
+Both have the widths of CLIP ViT-L/14-336 and of Vicuna 7B's text model and an eighth of their layers, so that they
+fit a CPU and each part keeps its share of the work. The vision tower's last layer, which only LLaVA-NeXT would run in
+vain, is run by both. Weights are random, float32, and pixels noise: what a pixel shows does not change the work. Exits
+with 1 where a claim fails.
 """
 
 import sys
