@@ -52,3 +52,16 @@ def test_they_run(name):
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
     (record,) = json.loads(result.stdout)
     assert record["ratio"] > 0 and record["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_benchmark_for_gpus_runs_without_one():
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--rounds", "2", "--json"]
+    result = subprocess.run([*command, "--quick"], capture_output=True, text=True, check=True, timeout=280)
+    found = json.loads(result.stdout)
+    # Two of LLaVA-UHD and two in tree, each with prefill and decoding; dense and sparse; LoRA and its mixture
+    assert len(found["records"]) % 8 == 4 and all(record["seconds"] > 0 for record in found["records"])
+    assert [claim["what"] for claim in found["claims"]] == ["prefill", "prefill", "training step"]
+    if not torch.cuda.is_available():
+        result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        assert result.returncode == 2 and "there is no CUDA device" in result.stderr

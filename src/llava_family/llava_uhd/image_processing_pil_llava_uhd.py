@@ -38,9 +38,11 @@ from .pixels_llava_uhd import (
     Normalization,
     PreparedImage,
     draft_jpeg,
+    grey_levels,
     is_undecoded_jpeg,
     map_in_threads,
     open_image,
+    refuse_bomb,
     resize_image,
     to_torch_source,
     upright,
@@ -183,6 +185,8 @@ class LlavaUhdSlicingMixin:
             if isinstance(image, list | tuple):
                 return [fetch(part) for part in image]
             index = next(indices)
+            if getattr(image, "ndim", None) == 2:
+                image = image[..., None]  # transformers knows no arrays without channels.
             try:
                 return super(LlavaUhdSlicingMixin, self).fetch_images(open_image(image))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -290,11 +294,15 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
             The image, and the value that its grey level 255 stands for.
 
         Raises:
-            ValueError: if the image has no pixels, or an array holds values that are no grey levels.
+            ValueError: if the image has no pixels or too many to be decoded, or holds values that are no grey levels.
         """
         white = 255.0
         if isinstance(image, Image.Image):
+            refuse_bomb(image)
             image = upright(image)
+            if image.mode.startswith(("I", "F")) and image.width and image.height:
+                levels, white = grey_levels(np.asarray(image))  # PIL would clip them at 255.
+                image = Image.fromarray(levels)
         else:
             image, white = self._array_to_image(image, input_data_format)
         if min(image.size) < 1:
@@ -316,16 +324,8 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
             layout = input_data_format or infer_channel_dimension_format(array, num_channels=(1, 3, 4))
             array = np.moveaxis(array, 0, -1) if layout == ChannelDimension.FIRST else array
         array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
-        low, high = array.min(), array.max()
-        if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > 255:
-            raise ValueError(
-                f"it is an array with values from {low} to {high}, but grey levels must be finite and lie in 0..255, "
-                "or in 0..1 as floats."
-            )
-        white = 1.0 if array.dtype.kind in "fb" and high <= 1 else 255.0
-        if array.dtype != np.uint8:
-            array = np.rint(array.astype(np.float32) * (255.0 / white)).astype(np.uint8)
-        return Image.fromarray(np.ascontiguousarray(array)), white
+        levels, white = grey_levels(array)
+        return Image.fromarray(np.ascontiguousarray(levels)), white
 
     def _preprocess(
         self,

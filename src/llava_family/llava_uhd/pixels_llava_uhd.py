@@ -17,6 +17,7 @@ PIL, numpy and torch release the interpreter's lock while they work, so plain th
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -72,12 +73,62 @@ def open_image(image: Any) -> Any:
 
     Raises:
         OSError: if there is no such file, or no image in it.
+        ValueError: if it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.isfile(image)):
         # Read, not kept open: a list may have more images than a process may have open files.
         with open(image, "rb") as file:
             image = file.read()
-    return Image.open(BytesIO(image)) if isinstance(image, bytes | bytearray) else image
+    if not isinstance(image, bytes | bytearray):
+        return image
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error below
+        opened = Image.open(BytesIO(image))
+    refuse_bomb(opened)
+    return opened
+
+
+def refuse_bomb(image: Image.Image) -> None:
+    """Refuses an image that is not decoded yet and has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    PIL itself only warns of up to twice as many.
+
+    Raises:
+        ValueError: if it has.
+    """
+    limit, num_pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+    if limit is not None and num_pixels > limit and getattr(image, "tile", None):
+        raise ValueError(
+            f"it has {image.width}x{image.height} pixels, {num_pixels / 1e6:.1f} million, but the limit against "
+            f"decompression bombs is {limit / 1e6:.1f} million. If you trust it, set `PIL.Image.MAX_IMAGE_PIXELS`."
+        )
+
+
+def grey_levels(levels: np.ndarray) -> tuple[np.ndarray, float]:
+    """Grey levels in 8 bits, and the value that 255 stands for: 255, or 1 for floats in 0..1.
+
+    16-bit levels keep their range: 65535 becomes 255. So do 32-bit ones that are too large for 8 bits.
+
+    Args:
+        levels (`np.ndarray`): Of any shape. Floats in 0..1 or 0..255, booleans, or integers.
+
+    Raises:
+        ValueError: if there are none, or they lie elsewhere.
+    """
+    if levels.size == 0:
+        raise ValueError(f"it is an array of shape {levels.shape}, without any pixels.")
+    low, high = levels.min(), levels.max()
+    is_16_bit = levels.dtype == np.uint16 or (levels.dtype == np.int32 and 255 < high <= 65535)
+    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or (high > 255 and not is_16_bit):
+        raise ValueError(
+            f"it is an array with values from {low} to {high}, but grey levels must be finite and lie in 0..255, in "
+            "0..1 as floats, or in 0..65535 as uint16."
+        )
+    if levels.dtype == np.uint8:
+        return levels, 255.0
+    white = 1.0 if levels.dtype.kind in "fb" and high <= 1 else 255.0
+    factor = 255 / 65535 if is_16_bit else 255.0 / white
+    return np.rint(levels.astype(np.float32) * np.float32(factor)).astype(np.uint8), white
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -195,9 +246,11 @@ __all__ = [
     "Normalization",
     "PreparedImage",
     "draft_jpeg",
+    "grey_levels",
     "is_undecoded_jpeg",
     "map_in_threads",
     "open_image",
+    "refuse_bomb",
     "resize_image",
     "to_torch_source",
     "upright",
