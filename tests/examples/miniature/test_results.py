@@ -50,15 +50,20 @@ def test_experts_are_no_worse_than_a_dense_model_of_equal_activated_parameters(r
     assert mean_of(moe, "moe", "all") >= mean_of(moe, "dense", "all")
 
 
-def test_a_mixture_of_lora_experts_resolves_the_conflict_and_one_lora_does_not(results, tables):
+def test_a_mixture_of_lora_experts_learns_both_domains(results, tables):
     mole = results["mole_domains"]
     single, _ = tables.mean_and_spread(mole, *tables.SINGLE)
-    mixed, mixed_spread = tables.mean_and_spread(mole, tables.MIX)
+    assert single > 0.5
+    assert tables.mean_and_spread(mole, tables.MOLE)[0] >= 0.95 * single
+
+
+# Strict: who finds domains that a miniature's LoRA cannot tell apart is told so.
+@pytest.mark.xfail(strict=True, reason="one LoRA of rank 2 resolves this conflict as well, see the README")
+def test_one_lora_does_not_learn_both_domains(results, tables):
+    mole = results["mole_domains"]
+    mixed, spread = tables.mean_and_spread(mole, tables.MIX)
     experts, experts_spread = tables.mean_and_spread(mole, tables.MOLE)
-    assert experts >= 0.95 * single
-    # Measurably: by more than the spread of both, and below what experts must reach
-    assert mixed < min(0.95 * single, experts - mixed_spread - experts_spread)
-    assert all(tables.mean_and_spread(mole, arm)[0] > 0.5 for arm in tables.SINGLE)
+    assert mixed < experts - spread - experts_spread
 
 
 def test_arms_have_equally_many_activated_parameters(results):
