@@ -55,7 +55,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     for file in drawn:
         assert file.name in text
         with Image.open(file) as image:
-            assert image.format == "PNG" and min(image.size) >= 300
+            assert image.format == "PNG" and min(image.size) >= 250
         assert file.stat().st_size > 10_000
 
 

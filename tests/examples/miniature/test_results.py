@@ -89,7 +89,7 @@ def test_summary_is_that_of_the_runs(name, results, miniature):
             assert all(0 <= value <= 1 for value in values)
             assert summary["mean"] == pytest.approx(statistics.mean(values), abs=1e-9)
             assert summary["std"] == pytest.approx(statistics.stdev(values), abs=1e-9)
-        assert all(len(run["losses"]) > 10 and run["losses"][-1] < run["losses"][0] for run in runs)
+        assert all(len(run["losses"]) > 5 and run["losses"][-1] < run["losses"][0] for run in runs)
 
 
 @pytest.mark.parametrize("name", ["uhd_reading", "moe_skills", "mole_domains"])
