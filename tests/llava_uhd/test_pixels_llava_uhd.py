@@ -15,6 +15,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llava_family import (
     LlavaMoleImageProcessorPil,
+    LlavaUhdConfig,
     LlavaUhdImageProcessorPil,
     MoeLlavaConfig,
     MoeLlavaImageProcessorPil,
@@ -241,6 +242,15 @@ class TestGreyLevels:
         actual = normalize_grey_levels(processor(noise(), return_tensors="pt", **RAW)["pixel_values"], config)
         torch.testing.assert_close(actual, processor(noise(), return_tensors="pt")["pixel_values"], atol=1e-6, rtol=0)
         assert MoeLlavaConfig(image_std=[1.0]).image_std == [1.0]
+
+    def test_one_number_is_that_of_all_channels(self):
+        levels = torch.arange(12, dtype=torch.uint8).view(1, 12)
+        one, three = (
+            normalize_grey_levels(levels, LlavaUhdConfig(image_mean=mean, image_std=std))
+            for mean, std in ((0.5, 0.25), ([0.5] * 3, [0.25] * 3))
+        )
+        torch.testing.assert_close(one, three, rtol=0, atol=0)
+        torch.testing.assert_close(one, (levels / 255 - 0.5) / 0.25)
 
 
 class TestTorchResize:

@@ -78,10 +78,10 @@ SLICES_DOCSTRING = """
         Epsilon of the resampler's layer norms.
     image_token_id (`int`, *optional*):
         Id of the `<image>` placeholder. Defaults to the text vocabulary's size: it is never embedded.
-    image_mean (`list[float]`, *optional*):
+    image_mean (`float` or `list[float]`, *optional*):
         Mean of each channel in 0..1, by which the model normalises uint8 `pixel_values` itself. Defaults to the vision
         tower's: CLIP's, or SigLIP's 0.5.
-    image_std (`list[float]`, *optional*):
+    image_std (`float` or `list[float]`, *optional*):
         Standard deviation of each channel, likewise.
 """
 
@@ -147,8 +147,8 @@ class SlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
     resampler_num_attention_heads: int | None = None
     resampler_layer_norm_eps: float = 1e-6
     image_token_id: int | None = None
-    image_mean: list[float] | tuple[float, ...] | None = None
-    image_std: list[float] | tuple[float, ...] | None = None
+    image_mean: float | list[float] | tuple[float, ...] | None = None
+    image_std: float | list[float] | tuple[float, ...] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 
@@ -185,10 +185,10 @@ class LlavaUhdConfig(SlicesConfig):
     image_token_id (`int`, *optional*):
         Id of the `<image>` placeholder. Defaults to the text vocabulary's size, one behind its last embedding: the
         placeholder is never embedded, so the vocabulary and its logits stay those of the original.
-    image_mean (`list[float]`, *optional*):
+    image_mean (`float` or `list[float]`, *optional*):
         Mean of each channel in 0..1, by which the model itself normalises uint8 `pixel_values`, as image processors
         return them with neither `do_rescale` nor `do_normalize`. Defaults to CLIP's.
-    image_std (`list[float]`, *optional*):
+    image_std (`float` or `list[float]`, *optional*):
         Standard deviation of each channel, likewise.
 
     Example:

@@ -599,15 +599,17 @@ def normalize_grey_levels(pixel_values: torch.Tensor, config: LlavaUhdConfig) ->
     Args:
         pixel_values (`torch.Tensor`): Of shape `(patches, channels * patch_size**2)` or `(images, channels, height,
             width)`, as image processors return them with neither `do_rescale` nor `do_normalize` if uint8.
-        config (`PreTrainedConfig`): With `image_mean` and `image_std`.
+        config (`PreTrainedConfig`): With `image_mean`, `image_std` and `vision_config`.
     """
     if pixel_values.dtype != torch.uint8:
         return pixel_values
+    num_channels = config.vision_config.num_channels
+    # As in image processors, one number is that of all channels.
     mean, std = (
-        torch.tensor(stat, dtype=torch.float32, device=pixel_values.device)[:, None]
+        torch.tensor(stat, dtype=torch.float32, device=pixel_values.device).expand(num_channels)[:, None]
         for stat in (config.image_mean, config.image_std)
     )
-    channels = pixel_values.flatten(1).unflatten(1, (len(mean), -1))  # (rows, channels, values per channel)
+    channels = pixel_values.flatten(1).unflatten(1, (num_channels, -1))  # (rows, channels, values per channel)
     return ((channels.float() / 255 - mean) / std).view(pixel_values.shape)
 
 
