@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from prefill import IMAGE, TEXT_TOKENS, image_inputs, num_placeholders
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -30,7 +31,6 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
 )
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from llava_family import (
     LlavaMoleConfig,
@@ -42,17 +42,12 @@ from llava_family import (
     MoeLlavaConfig,
     MoeLlavaForCausalLM,
     MoeLlavaLlamaConfig,
-    plan_slices,
 )
-from llava_family.inspection.flops import count_flops
-from llava_family.llava_uhd.image_processing_pil_llava_uhd import image_grid
 from llava_family.llava_uhd.modeling_llava_uhd import preferred_flash_attention
 from llava_family.training import freeze_for_mole_tuning
 
 
-WIDTH, HEIGHT = 672, 1088
-TEXT_TOKENS, NEW_TOKENS = 32, 64
-IMAGE = 31999
+NEW_TOKENS = 64
 CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
 TEXTS = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32},
@@ -72,25 +67,13 @@ def vision_sizes(sizes: dict[str, int]) -> dict[str, int]:
     return {**sizes, "image_size": 336, "patch_size": 14}
 
 
-def image_inputs(config: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """Noise in the shape that the model's processor gives an image, and the number of its placeholders."""
-    generator = torch.Generator().manual_seed(1)
-    if isinstance(config, LlavaUhdConfig):
-        plan = plan_slices(WIDTH, HEIGHT)
-        pixels = torch.randn(plan.num_patches, 3 * 14**2, generator=generator)
-        inputs = {"pixel_values": pixels, "image_grids": torch.tensor([image_grid(plan)])}
-        return inputs, plan.num_views * config.num_queries
-    if isinstance(config, LlavaNextConfig):
-        tiles = image_size_to_num_patches((HEIGHT, WIDTH), config.image_grid_pinpoints, 336)
-        pixels = torch.randn(1, tiles, 3, 336, 336, generator=generator)
-        inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[HEIGHT, WIDTH]])}
-        return inputs, count_flops(config, WIDTH, HEIGHT).num_tokens
-    placeholders = 576 + 2 * isinstance(config, LlavaMoleConfig)
-    return {"pixel_values": torch.randn(1, 3, 336, 336, generator=generator)}, placeholders
-
-
 def prompt_of(config: Any, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    inputs, placeholders = image_inputs(config)
+    if isinstance(config, LlavaUhdConfig | LlavaNextConfig):
+        inputs, placeholders = image_inputs(config), num_placeholders(config)
+    else:  # one square; LLaVA-MoLE has an embedding before and one behind it
+        generator = torch.Generator().manual_seed(1)
+        inputs = {"pixel_values": torch.randn(1, 3, 336, 336, generator=generator)}
+        placeholders = 576 + 2 * isinstance(config, LlavaMoleConfig)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     text = torch.randint(1, IMAGE, (TEXT_TOKENS,), generator=torch.Generator().manual_seed(2))
     inputs["input_ids"] = torch.cat([torch.full((placeholders,), IMAGE), text])[None]

@@ -72,6 +72,13 @@ def image_inputs(config: Any) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, "image_sizes": torch.tensor([[HEIGHT, WIDTH]])}
 
 
+def num_placeholders(config: Any) -> int:
+    """Positions of the image in the prompt; LLaVA-UHD's separators are text."""
+    if isinstance(config, LlavaUhdConfig):
+        return plan_slices(WIDTH, HEIGHT).num_views * config.num_queries
+    return count_flops(config, WIDTH, HEIGHT).num_tokens
+
+
 def build(size: dict[str, Any]) -> dict[str, Callable[[], torch.Tensor]]:
     """Prefills, by name, as functions that return the last position's logits."""
     classes = {OURS: LlavaUhdForConditionalGeneration, NEXT: LlavaNextForConditionalGeneration}
@@ -80,9 +87,7 @@ def build(size: dict[str, Any]) -> dict[str, Callable[[], torch.Tensor]]:
         torch.manual_seed(0)
         model = classes[name]._from_config(config, attn_implementation="sdpa").eval()
         inputs = image_inputs(config)
-        features = count_flops(config, WIDTH, HEIGHT).num_tokens
-        if name == OURS:
-            features -= plan_slices(WIDTH, HEIGHT).num_slices  # separators, which are text
+        features = num_placeholders(config)
         text = torch.randint(0, IMAGE, (TEXT_TOKENS,), generator=torch.Generator().manual_seed(2))
         inputs["input_ids"] = torch.cat([torch.full((features,), IMAGE), text])[None]
         prefills[name] = lambda model=model, inputs=inputs: model(**inputs, logits_to_keep=1).logits

@@ -7,6 +7,7 @@ learns both.
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ CAPTIONS, READINGS, QUESTIONS, EVALUATED = 3000, 3000, 2500, 100
 RANK, NUM_EXPERTS, LEARNING_RATE = 2, 4, 4e-3
 
 
+@cache
 def draw_code(domain: str) -> dict[str, str]:
     """What the domain writes for each digit; no two are written the same."""
     return dict(zip(DIGITS, random.Random(f"code of {domain}").sample(DIGITS, len(DIGITS)), strict=True))

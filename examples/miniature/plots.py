@@ -59,38 +59,36 @@ def plot_uhd_reading(results: dict[str, Any]) -> Figure:
 
 def plot_moe_skills(results: dict[str, Any]) -> Figure:
     """Accuracy by skill, and where the experts' tokens come from."""
-    summary = results["summary"]
     # Of one seed: experts of different seeds have nothing but their numbers in common.
     run = next(run for run in results["runs"] if run["arm"] == "moe")
-    loads = {name: np.array(shares) for name, shares in run["loads"].items()}
-    figure = new_figure(11, 6.4)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.15, 1])
-    draw_bars(top.subplots(), summary, list(next(iter(summary.values()))))
-    panels = bottom.subplots(1, len(loads), sharey=True)
-    for axes, (modality, shares) in zip(panels, loads.items(), strict=True):
-        stack_experts(axes, shares, [str(layer) for layer in range(len(shares))])
-        axes.set_title(f"moe, seed {run['seed']}: {modality} tokens", fontsize=10)
-        axes.set_xlabel("layer")
-    panels[0].set_ylabel("share of first choices")
-    bottom.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    return figure
+    titles = {f"moe, seed {run['seed']}: {modality} tokens": shares for modality, shares in run["loads"].items()}
+    names = list(next(iter(results["summary"].values())))
+    return plot_bars_and_experts(results["summary"], names, titles, "share of first choices")
 
 
 def plot_mole_domains(results: dict[str, Any]) -> Figure:
     """Accuracy by domain, and which experts serve it."""
-    summary = results["summary"]
     run = next(run for run in results["runs"] if "loads" in run)
-    domains = list(run["loads"])
+    titles = {
+        f"{run['arm']}, seed {run['seed']}: tokens of the {domain}'s forms": shares
+        for domain, shares in run["loads"].items()
+    }
+    return plot_bars_and_experts(results["summary"], list(run["loads"]), titles, "share of tokens")
+
+
+def plot_bars_and_experts(
+    summary: dict[str, Any], names: list[str], loads: dict[str, list[list[float]]], share: str
+) -> Figure:
+    """Scores of all arms above; below, panels of `(layers, experts)` loads by their title."""
     figure = new_figure(11, 6.4)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.15, 1])
-    draw_bars(top.subplots(), summary, domains)
-    panels = bottom.subplots(1, len(domains), sharey=True)
-    for axes, domain in zip(panels, domains, strict=True):
-        shares = np.array(run["loads"][domain])
-        stack_experts(axes, shares, [str(layer) for layer in range(len(shares))])
-        axes.set_title(f"{run['arm']}, seed {run['seed']}: tokens of the {domain}'s forms", fontsize=10)
+    draw_bars(top.subplots(), summary, names)
+    panels = bottom.subplots(1, len(loads), sharey=True)
+    for axes, (title, shares) in zip(panels, loads.items(), strict=True):
+        stack_experts(axes, np.array(shares), [str(layer) for layer in range(len(shares))])
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("layer")
-    panels[0].set_ylabel("share of tokens")
+    panels[0].set_ylabel(share)
     bottom.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 

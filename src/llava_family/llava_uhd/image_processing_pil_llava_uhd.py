@@ -300,13 +300,13 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         if isinstance(image, Image.Image):
             refuse_bomb(image)
             image = upright(image)
-            if image.mode.startswith(("I", "F")) and image.width and image.height:
+            if min(image.size) < 1:
+                raise ValueError(f"it has {image.width}x{image.height} pixels, but each side must have at least one.")
+            if image.mode.startswith(("I", "F")):
                 levels, white = grey_levels(np.asarray(image))  # PIL would clip them at 255.
                 image = Image.fromarray(levels)
         else:
             image, white = self._array_to_image(image, input_data_format)
-        if min(image.size) < 1:
-            raise ValueError(f"it has {image.width}x{image.height} pixels, but each side must have at least one.")
         if do_convert_rgb and image.mode != "RGB":
             if image.has_transparency_data:
                 image = image.convert("RGBA")

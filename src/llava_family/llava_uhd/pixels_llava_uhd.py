@@ -110,13 +110,11 @@ def grey_levels(levels: np.ndarray) -> tuple[np.ndarray, float]:
     16-bit levels keep their range: 65535 becomes 255. So do 32-bit ones that are too large for 8 bits.
 
     Args:
-        levels (`np.ndarray`): Of any shape. Floats in 0..1 or 0..255, booleans, or integers.
+        levels (`np.ndarray`): Of any shape but empty. Floats in 0..1 or 0..255, booleans, or integers.
 
     Raises:
-        ValueError: if there are none, or they lie elsewhere.
+        ValueError: if they lie elsewhere.
     """
-    if levels.size == 0:
-        raise ValueError(f"it is an array of shape {levels.shape}, without any pixels.")
     low, high = levels.min(), levels.max()
     is_16_bit = levels.dtype == np.uint16 or (levels.dtype == np.int32 and 255 < high <= 65535)
     if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or (high > 255 and not is_16_bit):
