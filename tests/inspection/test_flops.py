@@ -22,10 +22,10 @@ TEXT_MODELS = {"7B": (4096, 32, 11008), "13B": (5120, 40, 13824)}  # hidden size
 VOCABULARY = 32000
 PATCH_LENGTH, VISION_SIZE = 3 * 14 * 14, 1024
 QUERIES = {"perceiver": 64, "spatial": 144}
-# (rows, columns) of patches and keys per query of the released resampler, of every view
+# (rows, columns) of patches, and of samples of each of the released resampler's regions, of every view
 VIEWS = {
-    (336, 336): [(24, 24, 9)],
-    (672, 1088): [(24, 23, 9)] * 6 + [(30, 18, 6)],
+    (336, 336): [(24, 24, 3, 3)],
+    (672, 1088): [(24, 23, 3, 3)] * 6 + [(30, 18, 3, 2)],
 }
 TINY_TEXT = {
     "model_type": "llama",
@@ -75,15 +75,20 @@ def clip_flops(patches, layers):
 
 
 def resampler_flops(resampler_type, hidden_size, views):
-    """Without the products that sample the regions, less than 1 % of the resampler."""
     queries = QUERIES[resampler_type]
-    keys = [rows * columns if resampler_type == "perceiver" else queries * samples for rows, columns, samples in views]
-    attended = [rows * columns if resampler_type == "perceiver" else samples for rows, columns, samples in views]
-    patches = sum(rows * columns for rows, columns, _ in views)
+    patches = sum(rows * columns for rows, columns, *_ in views)
     to_width = 2 * VISION_SIZE * hidden_size * patches
-    # queries are projected once for all views; then keys and values; then the output, twice
-    projections = 2 * hidden_size**2 * (queries + 2 * sum(keys) + 2 * queries * len(views))
-    return to_width + projections + 4 * hidden_size * queries * sum(attended)
+    # queries are projected once for all views; then keys and values of all patches; then the output, twice
+    projections = 2 * hidden_size**2 * (queries + 2 * patches + 2 * queries * len(views))
+    if resampler_type == "perceiver":
+        return to_width + projections + 4 * hidden_size * queries * patches
+    attention = sum(4 * hidden_size * queries * height * width for *_, height, width in views)
+    side = math.isqrt(queries)
+    # keys and values are sampled along the rows, then along the columns
+    sampling = sum(
+        2 * 2 * hidden_size * side * height * columns * (rows + side * width) for rows, columns, height, width in views
+    )
+    return to_width + projections + sampling + attention
 
 
 def tiny_config(resampler_type):
@@ -106,15 +111,15 @@ def test_llava_uhd_equals_the_closed_form(text_model, resampler_type, size):
     tokens = len(views) * QUERIES[resampler_type] + len(views) - 1
 
     assert (report.num_views, report.num_tokens) == (len(views), tokens)
-    vision = sum(clip_flops(rows * columns, layers=23) for rows, columns, _ in views)
+    vision = sum(clip_flops(rows * columns, layers=23) for rows, columns, *_ in views)
     projector = resampler_flops(resampler_type, hidden_size, views)
     text, lm_head = text_flops(text_model, tokens), 2 * hidden_size * VOCABULARY * tokens
     assert report.vision_tower == vision
-    assert report.projector == pytest.approx(projector, rel=0.02)
+    assert report.projector == projector
     # rotary embeddings are a product of frequencies and positions, hence not exactly
     assert report.language_model == pytest.approx(text, rel=1e-6)
     assert report.lm_head == lm_head
-    assert report.total == pytest.approx(vision + projector + text + lm_head, rel=0.02)
+    assert report.total == pytest.approx(vision + projector + text + lm_head, rel=1e-6)
 
 
 @pytest.mark.parametrize("text_model", TEXT_MODELS)

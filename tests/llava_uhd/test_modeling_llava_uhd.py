@@ -8,8 +8,15 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from llava_family import LlavaUhdConfig, LlavaUhdForConditionalGeneration
-from llava_family.llava_uhd.modeling_llava_uhd import LlavaUhdResampler, pooling_size, region_sampling_weights
+from llava_family import LlavaUhdConfig, LlavaUhdForConditionalGeneration, plan_slices
+from llava_family.llava_uhd import modeling_llava_uhd
+from llava_family.llava_uhd.image_processing_pil_llava_uhd import image_grid
+from llava_family.llava_uhd.modeling_llava_uhd import (
+    LlavaUhdResampler,
+    pooling_size,
+    region_sampling_weights,
+    sample_regions,
+)
 
 from .conftest import CLIP, ORIGINAL
 from .tiny import tiny_config, tiny_model
@@ -78,27 +85,37 @@ def test_region_sampling_is_roi_align(grid, dtype):
         torch.testing.assert_close(sampled[i, :, j], literal_roi_align(feature_map, box, pool), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("resampler_type", ["spatial", "perceiver"])
-def test_resampler_is_multi_head_attention_of_the_queries(resampler_type):
-    """Against torch's own attention, one view and one region at a time."""
+@pytest.mark.parametrize(
+    ("resampler_type", "grid"),
+    [
+        ("spatial", (4, 6)),
+        ("spatial", (1, 16)),  # its samples lie beyond the map in part
+        ("perceiver", (4, 6)),
+    ],
+)
+def test_resampler_is_multi_head_attention_of_the_queries(resampler_type, grid):
+    """Against torch's own attention, one view and one region at a time: regions are sampled, then projected."""
     model = tiny_model(resampler_type=resampler_type)
-    resampler, attention, grid = model.model.resampler, model.model.resampler.attention, (4, 6)
+    resampler, attention = model.model.resampler, model.model.resampler.attention
+    for projection in (attention.k_proj, attention.v_proj):
+        nn.init.normal_(projection.bias)
+    num_patches = grid[0] * grid[1]
     reference = nn.MultiheadAttention(32, 2, batch_first=True)
     state = {f"out_proj.{kind}": getattr(attention.out_proj, kind) for kind in ("weight", "bias")}
     for kind in ("weight", "bias"):
         state[f"in_proj_{kind}"] = torch.cat([getattr(getattr(attention, f"{x}_proj"), kind) for x in "qkv"])
     reference.load_state_dict(state)
-    features = torch.randn(2 * 24, 16)
+    features = torch.randn(2 * num_patches, 16)
     with torch.no_grad():
         queries = resampler.ln_q(resampler.query) + resampler.pos_embed
-        for view, patches in enumerate(features.split(24)):
+        for view, patches in enumerate(features.split(num_patches)):
             values = resampler.ln_kv(resampler.kv_proj(patches))
             keys = values + resampler.interpolate_positions(grid)
             if resampler_type == "perceiver":
                 expected = reference(queries[None], keys[None], values[None])[0][0]
             else:
-                key_regions = resampler.sample_regions(keys[None], grid).unflatten(0, (4, -1))
-                value_regions = resampler.sample_regions(values[None], grid).unflatten(0, (4, -1))
+                key_regions = sample_regions(keys[None], grid, 2)[0]
+                value_regions = sample_regions(values[None], grid, 2)[0]
                 expected = reference(queries[:, None], key_regions, value_regions)[0][:, 0]
             expected = resampler.output_proj(resampler.ln_post(expected))
             output = resampler(features, [grid, grid])[view]
@@ -470,3 +487,24 @@ def test_any_causal_text_model(text_type):
     model = tiny_model(text_config=text_config)
     inputs = image_inputs(model, MIXED_GRIDS)
     assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 8
+
+
+@pytest.mark.parametrize("max_patches", [1, 40])
+def test_views_encoded_in_parts_are_those_encoded_at_once(monkeypatch, max_patches):
+    model = tiny_model()
+    plans = [plan_slices(*size, base_size=56) for size in ((300, 200), (56, 56), (200, 300))]
+    pixel_values = torch.randn(sum(plan.num_patches for plan in plans), 588)
+    image_grids = torch.tensor([image_grid(plan) for plan in plans])
+    calls = []
+    model.model.vision_tower.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[1]))
+    with torch.no_grad():
+        at_once = model.get_image_features(pixel_values, image_grids, return_dict=True)
+        monkeypatch.setattr(modeling_llava_uhd, "MAX_CPU_PATCHES", max_patches)
+        in_parts = model.get_image_features(pixel_values, image_grids, return_dict=True)
+        recorded = model.get_image_features(pixel_values, image_grids, output_hidden_states=True, return_dict=True)
+    assert len(calls) > 3 and calls[0] == calls[-1] == [grid for part in calls[1:-1] for grid in part]
+    assert all(len(part) == 1 or sum(math.prod(grid) for grid in part) <= max_patches for part in calls[1:-1])
+    assert len(recorded.hidden_states[-1]) == len(pixel_values) + len(calls[0])  # one class embedding a view
+    for found in (in_parts, recorded):
+        torch.testing.assert_close(found.last_hidden_state, at_once.last_hidden_state, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.pooler_output, at_once.pooler_output, atol=1e-6, rtol=0)

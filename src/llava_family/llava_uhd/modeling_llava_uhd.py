@@ -18,8 +18,8 @@ Design choices:
   at single views: equal shapes are stacked, or, under flash attention, all of them run at once by `cu_seq_lens`.
   Nothing is padded and nothing is masked, as in the original, which encodes one view at a time.
 - RoI align with axis-parallel regions on a regular grid is separable: two small matrices per patch grid sample the
-  maps
-  of all views at once, exactly as the compiled kernel that the weights were trained with.
+  maps of all views at once, exactly as the compiled kernel that the weights were trained with. Keys and values are
+  projected before they are sampled, for both are linear and a view has at most two thirds as many patches as samples.
 - The image placeholder is no entry of the vocabulary. Logits, loss and generation are those of the original text
   model.
 """
@@ -44,7 +44,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, logging, torch_compilable_check
-from transformers.utils.generic import can_return_tuple, is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.generic import (
+    can_return_tuple,
+    is_flash_attention_requested,
+    maybe_autocast,
+    merge_with_config_defaults,
+)
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_llava_uhd import LlavaUhdConfig, LlavaUhdVisionConfig
@@ -56,6 +61,10 @@ logger = logging.get_logger(__name__)
 
 # (width, height) of the samples per region, in the original's order: the first of equally good ones wins.
 POOLING_SIZES = ((4, 2), (3, 2), (4, 3), (3, 3), (2, 4), (2, 3), (3, 4))
+
+
+# Patches that a CPU encodes at once: about two views of the released model
+MAX_CPU_PATCHES = 1152
 
 
 @auto_docstring(custom_intro="Base class for LLaVA-UHD outputs, with hidden states of image and text.")
@@ -175,6 +184,14 @@ def _consecutive(grids: list[tuple[int, int]]) -> list[tuple[tuple[int, int], in
     return [(grid, len(list(run))) for grid, run in groupby(grids)]
 
 
+def resize_positions(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """A square `(side**2, dim)` table, bicubic, for a `(rows, columns)` grid: `(rows * columns, dim)`."""
+    side = math.isqrt(len(table))
+    square = table.view(1, side, side, -1).permute(0, 3, 1, 2)  # channels last: twice as fast on a CPU
+    resized = nn.functional.interpolate(square, size=grid, mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 class LlavaUhdPatchEmbedding(nn.Conv2d):
     """CLIP's patch convolution, of patches that are cut out already: one matrix product."""
 
@@ -190,9 +207,9 @@ class LlavaUhdPositionEmbedding(nn.Embedding):
         side = math.isqrt(self.num_embeddings - 1)
         if grid == (side, side):
             return self.weight
-        square = self.weight[1:].T.reshape(1, -1, side, side)
-        resized = nn.functional.interpolate(square, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat([self.weight[:1], resized[0].flatten(1).T])  # (1 + rows * columns, hidden_size)
+        return torch.cat(
+            [self.weight[:1], resize_positions(self.weight[1:], grid)]
+        )  # (1 + rows * columns, hidden_size)
 
 
 class LlavaUhdVisionEmbeddings(nn.Module):
@@ -474,8 +491,20 @@ def _axis_sampling_weights(box: float, regions: int, bins: int, length: int, dty
     return weights.flatten(0, 1)
 
 
+def sample_regions(maps: torch.Tensor, grid: tuple[int, int], regions: int) -> torch.Tensor:
+    """RoI-aligns `(views, rows * columns, channels)` maps to `(views, regions**2, samples, channels)`, in float32."""
+    row_weights, column_weights = region_sampling_weights(grid, regions, maps.dtype)
+    views, _, channels = maps.shape
+    with maybe_autocast(device_type=maps.device.type, enabled=False):
+        sampled = torch.matmul(row_weights.to(maps.device), maps.float().view(views, grid[0], grid[1] * channels))
+        sampled = sampled.view(views, -1, grid[1], channels)  # (views, regions * pooled_rows, columns, channels)
+        sampled = torch.matmul(column_weights.to(maps.device), sampled).to(maps.dtype)
+    sampled = sampled.unflatten(2, (regions, -1)).unflatten(1, (regions, -1))
+    return sampled.transpose(2, 3).reshape(views, regions**2, -1, channels)
+
+
 class LlavaUhdResamplerAttention(nn.Module):
-    """Multi-head attention of the learned queries to patches; `queries_per_problem` of them share one set of keys."""
+    """Multi-head attention of the learned queries to all patches of a view, or of each to its own region's samples."""
 
     def __init__(self, config: LlavaUhdConfig):
         super().__init__()
@@ -485,9 +514,6 @@ class LlavaUhdResamplerAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         self.num_key_value_groups = 1
-        # CODEPATH: guozonghao96/llava-uhd-144-13b is spatial; the arXiv paper's model (no weights released) a
-        # perceiver.
-        self.queries_per_problem = 1 if config.resampler_type == "spatial" else config.num_queries
         self.q_proj = nn.Linear(hidden_size, hidden_size)
         self.k_proj = nn.Linear(hidden_size, hidden_size)
         self.v_proj = nn.Linear(hidden_size, hidden_size)
@@ -498,17 +524,47 @@ class LlavaUhdResamplerAttention(nn.Module):
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        groups: list[tuple[int, int]],
+        view_grids: list[tuple[int, int]],
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """`queries` (num_queries, hidden_size); `keys`, `values` packed; `groups` (problems, keys per problem)."""
-        num_views = sum(problems for problems, _ in groups) * self.queries_per_problem // queries.shape[0]
-        queries = self.q_proj(queries).unflatten(-1, (-1, self.head_dim)).repeat(num_views, 1, 1)
-        keys = self.k_proj(keys).unflatten(-1, (-1, self.head_dim))
-        values = self.v_proj(values).unflatten(-1, (-1, self.head_dim))
-        attention_groups = [(problems, self.queries_per_problem, length) for problems, length in groups]
-        output, _ = packed_attention(self, queries, keys, values, attention_groups, **kwargs)
+        """`queries` (num_queries, hidden_size); `keys`, `values` packed, of the patches of all views."""
+        num_queries = queries.shape[0]
+        queries = self.q_proj(queries).repeat(len(view_grids), 1)
+        # CODEPATH: guozonghao96/llava-uhd-144-13b is spatial; the arXiv paper's model (no weights released) a
+        # perceiver.
+        if self.config.resampler_type == "spatial":
+            regions = math.isqrt(num_queries)
+            keys = self._project_and_sample(self.k_proj, keys, view_grids, regions)
+            values = self._project_and_sample(self.v_proj, values, view_grids, regions)
+            groups = [
+                (count * num_queries, 1, math.prod(pooling_size(grid))) for grid, count in _consecutive(view_grids)
+            ]
+        else:
+            keys, values = self.k_proj(keys), self.v_proj(values)
+            groups = [(count, num_queries, grid[0] * grid[1]) for grid, count in _consecutive(view_grids)]
+        queries, keys, values = (states.unflatten(-1, (-1, self.head_dim)) for states in (queries, keys, values))
+        output, _ = packed_attention(self, queries, keys, values, groups, **kwargs)
         return self.out_proj(output)
+
+    @staticmethod
+    def _project_and_sample(
+        projection: nn.Module, features: torch.Tensor, view_grids: list[tuple[int, int]], regions: int
+    ) -> torch.Tensor:
+        """`projection` of the regions' samples, packed `(total_samples, hidden_size)`."""
+        sampled, start, projected = [], 0, projection(features)
+        for grid, count in _consecutive(view_grids):
+            end = start + count * grid[0] * grid[1]
+            samples = sample_regions(projected[start:end].unflatten(0, (count, -1)), grid, regions)
+            row_weights, column_weights = region_sampling_weights(grid, regions, features.dtype)
+            inside = torch.outer(row_weights.sum(1), column_weights.sum(1))
+            if inside.min() < 1 - 1e-5:
+                # Samples beyond the map are zeros before they are projected: they keep the whole bias.
+                inside = inside.unflatten(0, (regions, -1)).unflatten(2, (regions, -1)).transpose(1, 2)
+                outside = (1 - inside).reshape(1, regions**2, -1, 1).to(samples.device, samples.dtype)
+                samples = samples + outside * projection(torch.zeros_like(features[:1]))
+            sampled.append(samples.flatten(0, 2))
+            start = end
+        return torch.cat(sampled) if len(sampled) > 1 else sampled[0]
 
 
 class LlavaUhdResampler(nn.Module):
@@ -521,7 +577,6 @@ class LlavaUhdResampler(nn.Module):
         super().__init__()
         hidden_size, vision_size = config.text_config.hidden_size, config.vision_config.hidden_size
         self.config = config
-        self.side = math.isqrt(config.num_queries)
         self.query = nn.Parameter(torch.zeros(config.num_queries, hidden_size))
         # A buffer, since the original never trains it; saved, since releases hold it rounded to bfloat16
         positions = sincos_positions(config.num_queries, hidden_size)
@@ -536,43 +591,19 @@ class LlavaUhdResampler(nn.Module):
 
     def interpolate_positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position table of a `(rows, columns)` patch grid, `(rows * columns, hidden_size)`; resized in float32."""
-        square = self.pos_embed.float().T.reshape(1, -1, self.side, self.side)
-        resized = nn.functional.interpolate(square, size=grid, mode="bicubic", align_corners=False)
-        return resized[0].flatten(1).T.to(self.pos_embed.dtype)
-
-    def sample_regions(self, maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """RoI-aligns `(views, rows * columns, channels)` maps to `(views * num_queries * samples, channels)`."""
-        row_weights, column_weights = region_sampling_weights(grid, self.side, maps.dtype)
-        views, _, channels = maps.shape
-        sampled = torch.matmul(row_weights.to(maps.device), maps.float().view(views, grid[0], grid[1] * channels))
-        sampled = sampled.view(views, -1, grid[1], channels)  # (views, side * pooled_rows, columns, channels)
-        sampled = torch.matmul(column_weights.to(maps.device), sampled).to(maps.dtype)
-        sampled = sampled.unflatten(2, (self.side, -1)).unflatten(1, (self.side, -1))
-        return sampled.transpose(2, 3).reshape(-1, channels)
+        return resize_positions(self.pos_embed.float(), grid).to(self.pos_embed.dtype)
 
     def forward(
         self, vision_features: torch.Tensor, view_grids: list[tuple[int, int]], **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
         """Packed `(total_patches, vision_hidden_size)` features to `(views, num_queries, hidden_size)`."""
-        features = self.ln_kv(self.kv_proj(vision_features))
-        keys, values, groups, start = [], [], [], 0
-        for grid, count in _consecutive(view_grids):
-            end = start + count * grid[0] * grid[1]
-            value_maps = features[start:end].unflatten(0, (count, -1))
-            key_maps = value_maps + self.interpolate_positions(grid).to(features.dtype)
-            # CODEPATH: guozonghao96/llava-uhd-144-13b is spatial; the arXiv paper's model a perceiver.
-            if self.config.resampler_type == "spatial":
-                both = self.sample_regions(torch.cat([key_maps, value_maps], dim=-1), grid)
-                key, value = both.chunk(2, dim=-1)
-                groups.append((count * len(self.query), math.prod(pooling_size(grid))))
-            else:
-                key, value = key_maps.flatten(0, 1), value_maps.flatten(0, 1)
-                groups.append((count, grid[0] * grid[1]))
-            keys.append(key)
-            values.append(value)
-            start = end
-        queries = self.ln_q(self.query) + self.pos_embed.to(features.dtype)
-        output = self.attention(queries, torch.cat(keys), torch.cat(values), groups, **kwargs)
+        values = self.ln_kv(self.kv_proj(vision_features))
+        positions = [
+            self.interpolate_positions(grid).to(values.dtype).repeat(count, 1)
+            for grid, count in _consecutive(view_grids)
+        ]
+        queries = self.ln_q(self.query) + self.pos_embed.to(values.dtype)
+        output = self.attention(queries, values + torch.cat(positions), values, view_grids, **kwargs)
         return self.output_proj(self.ln_post(output)).unflatten(0, (-1, len(self.query)))
 
 
@@ -634,8 +665,8 @@ def encode_views(
     order = sorted(range(len(view_grids)), key=view_grids.__getitem__)
     patches = pixel_values.split(patch_counts)
     ordered_grids = [view_grids[i] for i in order]
-    vision_outputs = vision_tower(torch.cat([patches[i] for i in order]), ordered_grids, return_dict=True, **kwargs)
-    features = resampler(vision_outputs.last_hidden_state, ordered_grids)
+    sorted_patches = torch.cat([patches[i] for i in order])
+    vision_outputs, features = _encode_sorted_views(vision_tower, resampler, sorted_patches, ordered_grids, **kwargs)
 
     back = sorted(range(len(order)), key=order.__getitem__)
     vision_features = vision_outputs.last_hidden_state.split([patch_counts[i] for i in order])
@@ -645,6 +676,43 @@ def encode_views(
         for image_features in features[back].split([len(grids) for grids in grids_per_image])
     ]
     return vision_outputs
+
+
+def _encode_sorted_views(
+    vision_tower: "LlavaUhdVisionModel",
+    resampler: LlavaUhdResampler,
+    patches: torch.FloatTensor,
+    view_grids: list[tuple[int, int]],
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+    """Outputs of the vision tower, and resampled features of shape `(views, num_queries, hidden_size)`."""
+    records_layers = any(
+        kwargs.get(name) or getattr(vision_tower.config, name)
+        for name in ("output_hidden_states", "output_attentions")
+    )
+    if patches.device.type != "cpu" or records_layers:
+        outputs = vision_tower(patches, view_grids, return_dict=True, **kwargs)
+        return outputs, resampler(outputs.last_hidden_state, view_grids)
+    # On a CPU, larger products are no faster, and activations that outgrow its cache are slower.
+    hidden_states, features, start = [], [], 0
+    for grids in _runs_of_patches(view_grids, MAX_CPU_PATCHES):
+        end = start + sum(rows * columns for rows, columns in grids)
+        hidden_states.append(vision_tower(patches[start:end], grids, return_dict=True, **kwargs).last_hidden_state)
+        features.append(resampler(hidden_states[-1], grids))
+        start = end
+    return BaseModelOutputWithPooling(last_hidden_state=torch.cat(hidden_states)), torch.cat(features)
+
+
+def _runs_of_patches(view_grids: list[tuple[int, int]], max_patches: int) -> list[list[tuple[int, int]]]:
+    """`view_grids` in runs of at most `max_patches` patches, or one view."""
+    runs, num_patches = [], max_patches
+    for rows, columns in view_grids:
+        num_patches += rows * columns
+        if num_patches > max_patches:
+            runs.append([])
+            num_patches = rows * columns
+        runs[-1].append((rows, columns))
+    return runs
 
 
 class ImagePlaceholderMixin:
