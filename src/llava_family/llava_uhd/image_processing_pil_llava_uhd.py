@@ -16,6 +16,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +38,7 @@ from .pixels_llava_uhd import (
     TORCH_FILTERS,
     Normalization,
     PreparedImage,
+    decoding,
     draft_jpeg,
     grey_levels,
     is_undecoded_jpeg,
@@ -189,7 +191,7 @@ class LlavaUhdSlicingMixin:
                 image = image[..., None]  # transformers knows no arrays without channels.
             try:
                 return super(LlavaUhdSlicingMixin, self).fetch_images(open_image(image))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError) as error:
                 name = f"{len(image)} bytes" if isinstance(image, bytes | bytearray) else f"{str(image)[:200]!r}"
                 raise ValueError(f"Image {index} ({name}) cannot be read: {error}") from error
 
@@ -256,9 +258,11 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         indices = {id(image): index for index, image in reversed(list(enumerate(images)))}
 
         def prepare(index):
+            is_file = isinstance(images[index], Image.Image)
             try:
-                return self._prepare_image(images[index], *args, **kwargs)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                with decoding() if is_file else nullcontext():
+                    return self._prepare_image(images[index], *args, **kwargs)
+            except (OSError, ValueError) as error:
                 raise ValueError(f"Image {index} of {len(images)} cannot be processed: {error}") from error
 
         first_indices = sorted(indices.values())
