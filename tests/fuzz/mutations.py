@@ -1,8 +1,5 @@
 """Breaks files in the ways that files break, and in the ways that somebody breaks them on purpose; seeded."""
 
-import io
-import json
-import math
 import re
 import struct
 import zlib
@@ -144,7 +141,9 @@ def _change_png(rng, content):
     change = rng.choice(("header", "header", "data", "pixels", "repeat", "remove", "shuffle", "name"))
     if change == "header" and chunks[0][0] == b"IHDR" and len(chunks[0][1]) == 13:
         header = chunks[0][1]
-        field = rng.choice((0, 4, 8, 9, 10, 11, 12))  # width, height, depth, color type, compression, filter, interlace
+        field = rng.choice(
+            (0, 4, 8, 9, 10, 11, 12)
+        )  # width, height, depth, color type, compression, filter, interlace
         kind = ">I" if field < 8 else "B"
         chunks[0] = (b"IHDR", _put(header, field, kind, rng.choice((*EXTREME_INTEGERS, 3, 4, 6, 8, 16))))
     elif change == "data":

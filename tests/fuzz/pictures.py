@@ -9,7 +9,14 @@ from PIL import Image
 
 
 FOLDER = Path(skimage.__file__).parent / "data"
-FULL_SIZE = ("no_time_for_that_tiny.gif", "multipage.tif", "multipage_rgb.tif", "rocket.jpg", "chelsea.png", "horse.png")
+FULL_SIZE = (
+    "no_time_for_that_tiny.gif",
+    "multipage.tif",
+    "multipage_rgb.tif",
+    "rocket.jpg",
+    "chelsea.png",
+    "horse.png",
+)
 SMALL = ("astronaut.png", "camera.png", "coffee.png", "logo.png", "rocket.jpg")
 
 # Format, mode and options of `Image.save`
