@@ -283,6 +283,16 @@ class SquareOrSlicesConfig(SlicesConfig):  # trf-ignore: TRF057 (no user makes o
     vision_encoding: Literal["square", "slices"] = "square"
     projector_hidden_act: str = "gelu"
 
+    def validate_vision_feature_layer(self):
+        layer = getattr(self, "vision_feature_layer", None)
+        num_layers = getattr(self.vision_config, "num_hidden_layers", None)
+        if self.vision_encoding == "square" and isinstance(layer, int) and isinstance(num_layers, int):
+            if not -num_layers - 1 <= layer <= num_layers:
+                raise ValueError(
+                    f"`vision_feature_layer` must lie in {-num_layers - 1}..{num_layers} for {num_layers} layers, but "
+                    f"is {layer}."
+                )
+
     # TRL reads both from the composite configuration: https://github.com/huggingface/trl/pull/6083
     @property
     def output_router_logits(self) -> bool:

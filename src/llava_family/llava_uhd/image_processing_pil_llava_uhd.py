@@ -85,16 +85,22 @@ class LlavaUhdImageProcessorKwargs(ImagesKwargs, total=False):
     use_jpeg_draft: bool
 
 
-# Far more than a vision tower takes. A side from a file may be such that views fill the memory.
+# Far more than a model takes. A number from a file may be such that views fill the memory.
 MAX_VIEW_SIDE = 4096
+MAX_SETTINGS = {
+    "base_size": MAX_VIEW_SIDE,
+    "patch_size": MAX_VIEW_SIDE,
+    "max_slices": 1000,
+    "pre_resize_longest_edge": 2 * MAX_VIEW_SIDE,
+}
 
 SLICING_SETTINGS = ("base_size", "patch_size", "max_slices", "pre_resize_longest_edge", "do_resize")
 
 
-def check_view_side(name: str, side: Any) -> None:
-    """Raises a `ValueError` if `side` is no number of pixels that a view may have along a side."""
-    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_VIEW_SIDE:
-        raise ValueError(f"{name} must be an integer of 1..{MAX_VIEW_SIDE}, but is {side!r}.")
+def check_setting(name: str, value: Any, limit: int = MAX_VIEW_SIDE) -> None:
+    """Raises a `ValueError` if `value` is no integer from 1 to `limit`, by default what a view's side may have."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        raise ValueError(f"{name} must be an integer of 1..{limit}, but is {value!r}.")
 
 
 def plan_image(
@@ -180,8 +186,9 @@ class LlavaUhdSlicingMixin:
         return self.slice_plan(width, height, **(images_kwargs or {})).num_patches
 
     def _validate_preprocess_kwargs(self, **kwargs):
-        for name in ("base_size", "patch_size"):
-            check_view_side(f"`{name}`", kwargs[name])
+        for name, limit in MAX_SETTINGS.items():
+            if name != "pre_resize_longest_edge" or kwargs[name] is not None:
+                check_setting(f"`{name}`", kwargs[name], limit)
         # The size to resize to follows from each image's own, there is no `size` to ask for.
         kwargs.pop("do_resize")
         super()._validate_preprocess_kwargs(**kwargs)

@@ -33,7 +33,7 @@ from .image_processing_pil_llava_uhd import (
     LlavaUhdSlicingMixin,
     ResampleBackend,
     _common_channels,
-    check_view_side,
+    check_setting,
 )
 from .pixels_llava_uhd import PreparedImage, map_in_threads, resize_image, to_torch_source, write_pixels
 
@@ -110,12 +110,12 @@ class SquareOrSlicesMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user 
                 raise ValueError(f"`size` must have `height` and `width`, or `shortest_edge`, but is {size}.")
             for side in ("shortest_edge", "height", "width"):
                 if size[side] is not None:
-                    check_view_side(f"`{side}` of `size`", size[side])
+                    check_setting(f"`{side}` of `size`", size[side])
             if kwargs["resample"] is None:
                 raise ValueError("`resample` must be given if `do_resize` is true.")
         if encoding == "square" and kwargs["do_center_crop"]:
             for side in ("height", "width"):
-                check_view_side(f"`{side}` of `crop_size`", kwargs["crop_size"] and kwargs["crop_size"][side])
+                check_setting(f"`{side}` of `crop_size`", kwargs["crop_size"] and kwargs["crop_size"][side])
         super()._validate_preprocess_kwargs(**kwargs)
 
     @staticmethod

@@ -62,7 +62,7 @@ helpful, detailed, and polite answers to the user's questions." -%}
 
 
 # Far more than a vision tower gives for one view. A number from a file may be such that placeholders fill the memory.
-MAX_VIEW_TOKENS = 2**16
+MAX_VIEW_TOKENS = 2**14
 
 
 def check_num_tokens(name: str, value: int) -> None:
