@@ -4,7 +4,7 @@ PYTEST := $(PY) -m pytest -q
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check lint test-transformers bench clean
+.PHONY: demo test check fuzz lint test-transformers bench clean
 
 demo: .venv/.installed
 	$(PY) examples/demo.py
@@ -22,6 +22,10 @@ lint: .venv/.installed
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/mlinter --no-progress src
+
+# All cases of what `make test` runs a tenth of, with their numbers; several minutes.
+fuzz: .venv/.installed
+	LLAVA_FAMILY_FUZZ_STRIDE=1 OMP_NUM_THREADS=1 $(PYTEST) -rP tests/fuzz
 
 # transformers' own shared tests on our models; fetches transformers' source distribution from PyPI the first time.
 test-transformers: .venv/.installed

@@ -86,6 +86,7 @@ setup(
             "pytest-xdist",
             "requests",
             "ruff",
+            "scikit-image",
             "transformers-mlinter",
         ],
     },

@@ -139,7 +139,9 @@ class _WatchedRegistrations(dict):
         self._in_tree_names = getattr(mapping, "_mapping", ())
 
     def _register_for(self, key) -> None:
-        in_tree = key in self._in_tree_names if isinstance(key, str) else key.__module__.startswith("transformers.")
+        # A `model_type` may be anything that a file says.
+        module = str(getattr(key, "__module__", ""))
+        in_tree = key in self._in_tree_names if isinstance(key, str) else module.startswith("transformers.")
         if not in_tree:
             _register_once()
 

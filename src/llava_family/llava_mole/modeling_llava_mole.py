@@ -36,7 +36,11 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
 
-from ..llava_uhd.modeling_llava_uhd import FlashAttentionByDefaultMixin, PlaceholderGenerationMixin
+from ..llava_uhd.modeling_llava_uhd import (
+    FlashAttentionByDefaultMixin,
+    PlaceholderGenerationMixin,
+    UntrustedCheckpointMixin,
+)
 from ..llava_uhd.shared_llava_uhd import SquareOrSlicesMixin, add_balance_loss, counted_tokens
 from .configuration_llava_mole import LlavaMoleConfig, LlavaMoleTextConfig
 from .layers_llava_mole import MoleExperts, MoleLinear, MoleMLP, MoleRouter, balance_loss, check_routers_learn
@@ -150,7 +154,7 @@ class LlavaMoleImageBoundaries(nn.Module):
 
 
 @auto_docstring
-class LlavaMolePreTrainedModel(FlashAttentionByDefaultMixin, PreTrainedModel):
+class LlavaMolePreTrainedModel(UntrustedCheckpointMixin, FlashAttentionByDefaultMixin, PreTrainedModel):
     config: LlavaMoleConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")

@@ -25,7 +25,7 @@ from transformers.processing_utils import MultiModalData
 from transformers.utils import auto_docstring
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START
 
-from ..llava_uhd.processing_llava_uhd import CHAT_TEMPLATE, LlavaUhdProcessor
+from ..llava_uhd.processing_llava_uhd import CHAT_TEMPLATE, LlavaUhdProcessor, check_num_tokens
 
 
 PromptStyle = Literal["original", "v1"]
@@ -100,8 +100,9 @@ class LlavaMoleProcessor(LlavaUhdProcessor):
             ValueError: if `prompt_style` is unknown, or the tokenizer does not encode the separators of slices as one
                 token each.
         """
-        if prompt_style not in CHAT_TEMPLATES:
+        if not isinstance(prompt_style, str) or prompt_style not in CHAT_TEMPLATES:
             raise ValueError(f'`prompt_style` must be "original" or "v1", but is {prompt_style!r}.')
+        check_num_tokens("num_image_tokens", num_image_tokens)
         self.num_image_tokens = num_image_tokens
         self.prompt_style = prompt_style
         if prompt_style == "original":

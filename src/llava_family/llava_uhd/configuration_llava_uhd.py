@@ -13,7 +13,6 @@
 # limitations under the License.
 """Configuration of LLaVA-UHD, in the transformers layout and translated from the original release's flat one."""
 
-import json
 import math
 import os
 from typing import Any, Literal
@@ -28,6 +27,8 @@ from transformers.image_utils import (
 )
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.utils import auto_docstring
+
+from .loading_llava_uhd import loading, read_json_object
 
 
 # What the original's flat configuration says about its language model
@@ -63,6 +64,28 @@ CLIP_LARGE_336 = {
     "image_size": 336,
     "patch_size": 14,
     "projection_dim": 768,
+}
+
+# Of a part of a model. A layer is a module, which takes time to build even without its weights, and the deepest models
+# have less than 200. Other sizes are of tensors, which do not fit the checkpoint's if they are wrong.
+MAX_SIZES = {
+    "num_hidden_layers": 1000,
+    **dict.fromkeys(
+        (
+            "head_dim",
+            "hidden_size",
+            "image_size",
+            "intermediate_size",
+            "max_position_embeddings",
+            "num_attention_heads",
+            "num_channels",
+            "num_experts",
+            "num_key_value_heads",
+            "patch_size",
+            "vocab_size",
+        ),
+        2**31 - 1,
+    ),
 }
 
 SLICES_DOCSTRING = """
@@ -129,7 +152,7 @@ class LlavaUhdVisionConfig(PreTrainedConfig):
             )
 
     def validate_attention_heads(self):
-        if self.hidden_size % self.num_attention_heads:
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
@@ -167,6 +190,25 @@ class SlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
             self.image_std = list(IMAGENET_STANDARD_STD if is_siglip else OPENAI_CLIP_STD)
         # Text checkpoints such as Qwen1.5-1.8B carry the flag in their own configuration.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+
+    def validate_sizes(self):
+        """Refuses sizes that no model can be built of, before anything is."""
+        for part in ("vision_config", "text_config"):
+            config = getattr(self, part)
+            for name, limit in MAX_SIZES.items():
+                size = getattr(config, name, None)
+                if isinstance(size, int) and not 1 <= size <= limit:
+                    raise ValueError(f"`{part}.{name}` must lie in 1..{limit}, but is {size}.")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        with loading(f"The configuration in {pretrained_model_name_or_path}"):
+            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        with loading(f"The configuration in {kwargs.get('name_or_path', 'this dictionary')}"):
+            return super().from_dict(config_dict, **kwargs)
 
 
 @auto_docstring(checkpoint="guozonghao96/llava-uhd-144-13b")
@@ -228,7 +270,9 @@ class LlavaUhdConfig(SlicesConfig):
         vision_tower = kwargs.pop("mm_vision_tower", None)
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if is_original_config(config_dict):
-            config_dict = translate_original_config(config_dict, str(pretrained_model_name_or_path), vision_tower)
+            folder = str(pretrained_model_name_or_path)
+            with loading(f"The configuration in {folder}"):
+                config_dict = translate_original_config(config_dict, folder, vision_tower)
         return config_dict, kwargs
 
 
@@ -238,6 +282,16 @@ class SquareOrSlicesConfig(SlicesConfig):  # trf-ignore: TRF057 (no user makes o
 
     vision_encoding: Literal["square", "slices"] = "square"
     projector_hidden_act: str = "gelu"
+
+    def validate_vision_feature_layer(self):
+        layer = getattr(self, "vision_feature_layer", None)
+        num_layers = getattr(self.vision_config, "num_hidden_layers", None)
+        if self.vision_encoding == "square" and isinstance(layer, int) and isinstance(num_layers, int):
+            if not -num_layers - 1 <= layer <= num_layers:
+                raise ValueError(
+                    f"`vision_feature_layer` must lie in {-num_layers - 1}..{num_layers} for {num_layers} layers, but "
+                    f"is {layer}."
+                )
 
     # TRL reads both from the composite configuration: https://github.com/huggingface/trl/pull/6083
     @property
@@ -273,7 +327,8 @@ class LlavaLlamaConfig(PreTrainedConfig):  # trf-ignore: TRF057
                 f"{config_dict.get('mm_projector_type')!r}, not 'adapt_spatial_resampler'. LLaVA-1.5 checkpoints are "
                 "on the Hub in transformers' own format under llava-hf."
             )
-        translated = translate_original_config(config_dict, folder, kwargs.pop("mm_vision_tower", None))
+        with loading(f"The configuration in {folder}"):
+            translated = translate_original_config(config_dict, folder, kwargs.pop("mm_vision_tower", None))
         return LlavaUhdConfig.from_dict(translated, **kwargs)
 
 
@@ -330,8 +385,7 @@ def _read_vision_config(
     for place in places:
         path = os.path.join(place, "config.json")
         if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                clip_config = json.load(file)
+            clip_config = read_json_object(path)
             clip_config = clip_config.get("vision_config", clip_config)
             vision_config.update({key: value for key, value in clip_config.items() if key in vision_config})
             break

@@ -27,7 +27,7 @@ from .image_processing_pil_llava_uhd import (
     LlavaUhdSlicingMixin,
     image_grid,
 )
-from .pixels_llava_uhd import upright
+from .pixels_llava_uhd import decoding, upright
 
 
 @auto_docstring
@@ -65,13 +65,14 @@ class LlavaUhdImageProcessor(LlavaUhdSlicingMixin, TorchvisionBackend):
         for index, image in enumerate(images):
             try:
                 prepared.append(self.process_image(image, *args, **kwargs))
-            except (OSError, SyntaxError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 raise ValueError(f"Image {index} of {len(images)} cannot be processed: {error}") from error
         return prepared
 
     def process_image(self, image: ImageInput, *args, **kwargs) -> torch.Tensor:
         if isinstance(image, Image.Image):
-            image = upright(image)
+            with decoding():
+                image = upright(image)
         image = super().process_image(image, *args, **kwargs)
         if image.is_floating_point() and image.numel():
             low, high = image.aminmax()

@@ -16,6 +16,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +38,7 @@ from .pixels_llava_uhd import (
     TORCH_FILTERS,
     Normalization,
     PreparedImage,
+    decoding,
     draft_jpeg,
     grey_levels,
     is_undecoded_jpeg,
@@ -83,7 +85,22 @@ class LlavaUhdImageProcessorKwargs(ImagesKwargs, total=False):
     use_jpeg_draft: bool
 
 
+# Far more than a model takes. A number from a file may be such that views fill the memory.
+MAX_VIEW_SIDE = 4096
+MAX_SETTINGS = {
+    "base_size": MAX_VIEW_SIDE,
+    "patch_size": MAX_VIEW_SIDE,
+    "max_slices": 1000,
+    "pre_resize_longest_edge": 2 * MAX_VIEW_SIDE,
+}
+
 SLICING_SETTINGS = ("base_size", "patch_size", "max_slices", "pre_resize_longest_edge", "do_resize")
+
+
+def check_setting(name: str, value: Any, limit: int = MAX_VIEW_SIDE) -> None:
+    """Raises a `ValueError` if `value` is no integer from 1 to `limit`, by default what a view's side may have."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+        raise ValueError(f"{name} must be an integer of 1..{limit}, but is {value!r}.")
 
 
 def plan_image(
@@ -169,6 +186,9 @@ class LlavaUhdSlicingMixin:
         return self.slice_plan(width, height, **(images_kwargs or {})).num_patches
 
     def _validate_preprocess_kwargs(self, **kwargs):
+        for name, limit in MAX_SETTINGS.items():
+            if name != "pre_resize_longest_edge" or kwargs[name] is not None:
+                check_setting(f"`{name}`", kwargs[name], limit)
         # The size to resize to follows from each image's own, there is no `size` to ask for.
         kwargs.pop("do_resize")
         super()._validate_preprocess_kwargs(**kwargs)
@@ -189,7 +209,7 @@ class LlavaUhdSlicingMixin:
                 image = image[..., None]  # transformers knows no arrays without channels.
             try:
                 return super(LlavaUhdSlicingMixin, self).fetch_images(open_image(image))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError) as error:
                 name = f"{len(image)} bytes" if isinstance(image, bytes | bytearray) else f"{str(image)[:200]!r}"
                 raise ValueError(f"Image {index} ({name}) cannot be read: {error}") from error
 
@@ -256,9 +276,11 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         indices = {id(image): index for index, image in reversed(list(enumerate(images)))}
 
         def prepare(index):
+            is_file = isinstance(images[index], Image.Image)
             try:
-                return self._prepare_image(images[index], *args, **kwargs)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                with decoding() if is_file else nullcontext():
+                    return self._prepare_image(images[index], *args, **kwargs)
+            except (OSError, ValueError) as error:
                 raise ValueError(f"Image {index} of {len(images)} cannot be processed: {error}") from error
 
         first_indices = sorted(indices.values())

@@ -17,6 +17,7 @@ MoE-LLaVA and LLaVA-MoLE pad an image to a square, as LLaVA-1.5 does, and theirs
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -32,11 +33,24 @@ from .image_processing_pil_llava_uhd import (
     LlavaUhdSlicingMixin,
     ResampleBackend,
     _common_channels,
+    check_setting,
 )
 from .pixels_llava_uhd import PreparedImage, map_in_threads, resize_image, to_torch_source, write_pixels
 
 
 VisionEncoding = Literal["square", "slices"]
+
+# How far from its place, in pixels of the smaller image, each filter looks
+FILTER_REACHES = {
+    PILImageResampling.BOX: 0.5,
+    PILImageResampling.BILINEAR: 1,
+    PILImageResampling.HAMMING: 1,
+    PILImageResampling.BICUBIC: 2,
+    PILImageResampling.LANCZOS: 3,
+}
+
+# The square around a higher image, 256 MB or more, is never made.
+MAX_SQUARE_SIDE = 8192
 
 # A strip of one by 10**8 pixels is a small file, but its square, or its resize to a shortest edge, fills any memory.
 MAX_SQUARE_PIXELS = 2**29
@@ -94,8 +108,14 @@ class SquareOrSlicesMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user 
             size = kwargs["size"]
             if not (size and (size.shortest_edge or (size.height and size.width))) or size.longest_edge:
                 raise ValueError(f"`size` must have `height` and `width`, or `shortest_edge`, but is {size}.")
+            for side in ("shortest_edge", "height", "width"):
+                if size[side] is not None:
+                    check_setting(f"`{side}` of `size`", size[side])
             if kwargs["resample"] is None:
                 raise ValueError("`resample` must be given if `do_resize` is true.")
+        if encoding == "square" and kwargs["do_center_crop"]:
+            for side in ("height", "width"):
+                check_setting(f"`{side}` of `crop_size`", kwargs["crop_size"] and kwargs["crop_size"][side])
         super()._validate_preprocess_kwargs(**kwargs)
 
     @staticmethod
@@ -138,6 +158,54 @@ class SquareOrSlicesMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user 
                 f"The views of all images of a call must have one size, but have {sizes} (width, height). Resize them "
                 "to a `height` and `width`, or set `do_center_crop`."
             )
+
+
+def pad_to(image: Image.Image, size: tuple[int, int], color: tuple[int, ...]) -> Image.Image:
+    """Centres an image on one of `size`, `(width, height)`, with the grey levels `color`."""
+    canvas = Image.new(image.mode, size, color)
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvas
+
+
+def pad_for_resize(
+    image: Image.Image,
+    color: tuple[int, ...],
+    size: tuple[int, int],
+    resample: int,
+    resize: Callable[[Image.Image, tuple[int, int]], Image.Image],
+) -> Image.Image:
+    """Centres an image on a square that is to be resized to `size`; its rows may be resized already.
+
+    Pixels are resized along rows, then along columns, and have 8 bits in between; rows of one color stay as they are.
+    So the square of a long image, which would fill the memory, need not be made. Of a wide image the result is the
+    same. That of one higher than `MAX_SQUARE_SIDE` differs by a grey level here and there, since PIL takes the place
+    of a part in single precision.
+
+    Args:
+        image (`Image.Image`): Grey or RGB image, not square.
+        color (`tuple[int, ...]`): Grey level of each channel of the border.
+        size (`tuple[int, int]`): `(width, height)`.
+        resample (`int`): One of `FILTER_REACHES`.
+        resize (`Callable`): Resizes an image to a `(width, height)` by this filter.
+    """
+    side, (width, height) = max(image.size), size
+    columns_first = 0 < side - height > 2 * (side - width)  # in Pillow 13, see `resize_image`
+    if image.width == side and not columns_first:
+        return pad_to(resize(image, (width, image.height)), (width, side), color)
+    if side <= MAX_SQUARE_SIDE or columns_first:
+        return pad_to(image, (side, side), color)
+    # The columns that see something of the image, made of the part of the square that they see
+    scale, left = side / width, (side - image.width) // 2
+    reach = FILTER_REACHES[resample] * max(scale, 1)
+    first = max(math.floor((left - reach) / scale), 0)
+    last = min(math.ceil((left + image.width + reach) / scale), width)
+    start, end = max(math.floor(first * scale - reach), 0), min(math.ceil(last * scale + reach), side)
+    part = Image.new(image.mode, (end - start, side), color)
+    part.paste(image, (left - start, 0))
+    box = (first * scale - start, 0, last * scale - start, side)
+    rows = Image.new(image.mode, (width, side), color)
+    rows.paste(part.resize((last - first, side), resample, box), (first, 0))
+    return rows
 
 
 @auto_docstring
@@ -199,22 +267,26 @@ class SquareOrSlicesImageProcessorPil(SquareOrSlicesMixin, LlavaUhdImageProcesso
     ) -> BatchFeature:
         channels = _common_channels(images)
 
+        def resize(image, size):
+            source = to_torch_source(image) if resample_backend == "torch" else image
+            resized = resize_image(source, size, resample)
+            return Image.fromarray(resized) if isinstance(resized, np.ndarray) else resized
+
         def square_view(index):
             image, _, planned_size = images[index]
-            if do_pad and image.width != image.height:
-                side = max(image.size)
-                self.check_num_pixels(index, len(images), side, side)
-                canvas = Image.new(
-                    image.mode, (side, side), self.square_background(background_color, image_mean, channels)
-                )
-                canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-                image = canvas
             if do_resize:
                 resized = self.resized_size(*self._padded_size(*planned_size, do_pad), size)
                 self.check_num_pixels(index, len(images), *resized)
-                source = to_torch_source(image) if resample_backend == "torch" else image
-                source = resize_image(source, resized, resample)
-                image = Image.fromarray(source) if isinstance(source, np.ndarray) else source
+            if do_pad and image.width != image.height:
+                side = max(image.size)
+                self.check_num_pixels(index, len(images), side, side)
+                background = self.square_background(background_color, image_mean, channels)
+                if do_resize and image.mode in ("L", "RGB") and resample in FILTER_REACHES:
+                    image = pad_for_resize(image, background, resized, resample, resize)
+                else:
+                    image = pad_to(image, (side, side), background)
+            if do_resize:
+                image = resize(image, resized)
             if do_center_crop:
                 # Black where the image is smaller, as in-tree
                 left, top = (image.width - crop_size.width) // 2, (image.height - crop_size.height) // 2
@@ -251,4 +323,4 @@ class SquareOrSlicesImageProcessorPil(SquareOrSlicesMixin, LlavaUhdImageProcesso
         return math.ceil(width * resized[0] / padded[0]), math.ceil(height * resized[1] / padded[1])
 
 
-__all__ = ["SquareOrSlicesImageProcessorPil"]
+__all__ = ["SquareOrSlicesImageProcessorPil", "pad_for_resize", "pad_to"]

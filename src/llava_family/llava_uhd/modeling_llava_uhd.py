@@ -53,6 +53,7 @@ from transformers.utils.generic import (
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_llava_uhd import LlavaUhdConfig, LlavaUhdVisionConfig
+from .loading_llava_uhd import InvalidCheckpointError, loading
 from .weight_mapping_llava_uhd import original_weight_mapping, unused_original_weights
 
 
@@ -335,8 +336,32 @@ class FlashAttentionByDefaultMixin:
         return check(attn_implementation, is_init_check, allow_all_kernels)
 
 
+class UntrustedCheckpointMixin:
+    """Loads a checkpoint as it is meant, or raises a `ValueError` or an `OSError`, before it fills the memory."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        with loading(f"The model in {pretrained_model_name_or_path}"):
+            # Of `PreTrainedModel`, which stands behind this class
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # transformers makes tensors of these sizes first, and raises afterwards.
+        if loading_info.mismatched_keys and not load_config.ignore_mismatched_sizes:
+            sizes = [
+                f"{name} is {tuple(found)} there, but {tuple(expected)} by its configuration"
+                for name, found, expected in sorted(loading_info.mismatched_keys)[:4]
+            ]
+            raise InvalidCheckpointError(
+                f"{len(loading_info.mismatched_keys)} tensors of {load_config.pretrained_model_name_or_path} have "
+                f"other sizes than the model: {'; '.join(sizes)}. `ignore_mismatched_sizes=True` makes these anew."
+            )
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+
 @auto_docstring
-class LlavaUhdPreTrainedModel(FlashAttentionByDefaultMixin, PreTrainedModel):
+class LlavaUhdPreTrainedModel(UntrustedCheckpointMixin, FlashAttentionByDefaultMixin, PreTrainedModel):
     config: LlavaUhdConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")

@@ -18,8 +18,9 @@ PIL, numpy and torch release the interpreter's lock while they work, so plain th
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -68,6 +69,17 @@ def map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list
         return list(pool.map(function, items))
 
 
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Makes a `ValueError` of whatever PIL raises on a broken file: its decoders stumble in any way there is."""
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"PIL cannot decode it: {type(error).__name__}: {error}") from error
+
+
 def open_image(image: Any) -> Any:
     """The image in a file, whose path or bytes are given, not decoded yet. Anything else is returned as it is.
 
@@ -81,7 +93,7 @@ def open_image(image: Any) -> Any:
             image = file.read()
     if not isinstance(image, bytes | bytearray):
         return image
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), decoding():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error below
         opened = Image.open(BytesIO(image))
     refuse_bomb(opened)
@@ -258,6 +270,7 @@ __all__ = [
     "TORCH_FILTERS",
     "Normalization",
     "PreparedImage",
+    "decoding",
     "draft_jpeg",
     "grey_levels",
     "is_undecoded_jpeg",

@@ -22,6 +22,7 @@ from transformers.utils import auto_docstring
 
 from .configuration_llava_uhd import is_original_config
 from .image_processing_pil_llava_uhd import LlavaUhdImageProcessorPil
+from .loading_llava_uhd import loading
 
 
 # The spatial schema (paper, section 3.4): a comma behind every slice, a newline behind the last one of a row.
@@ -60,6 +61,16 @@ helpful, detailed, and polite answers to the user's questions." -%}
 """
 
 
+# Far more than a vision tower gives for one view. A number from a file may be such that placeholders fill the memory.
+MAX_VIEW_TOKENS = 2**14
+
+
+def check_num_tokens(name: str, value: int) -> None:
+    """Raises a `ValueError` if `value` is no number of features of one view."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VIEW_TOKENS:
+        raise ValueError(f"`{name}` must be an integer of 1..{MAX_VIEW_TOKENS}, but is {value!r}.")
+
+
 @auto_docstring
 class LlavaUhdProcessor(ProcessorMixin):
     def __init__(
@@ -77,6 +88,9 @@ class LlavaUhdProcessor(ProcessorMixin):
         image_token (`str`, *optional*, defaults to `"<image>"`):
             Placeholder of an image in a prompt. It is added to a tokenizer that does not have it.
         """
+        check_num_tokens("num_queries", num_queries)
+        if not isinstance(image_token, str) or not image_token:
+            raise ValueError(f"`image_token` must be a text that is not empty, but is {image_token!r}.")
         if tokenizer is not None and image_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([image_token], special_tokens=True)
         self.num_queries = num_queries
@@ -147,7 +161,8 @@ class LlavaUhdProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, mm_vision_tower=None, **kwargs):
         # `mm_vision_tower` tells the configuration of an original release where CLIP lies. A processor has no use for
         # it, but one set of arguments shall load all parts of a release.
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with loading(f"The processor in {pretrained_model_name_or_path}"):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):

@@ -13,7 +13,6 @@
 # limitations under the License.
 """Configurations of MoE-LLaVA: the composite one, five sparse text models, and the translation of the original's."""
 
-import json
 import os
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -30,6 +29,7 @@ from transformers.utils import auto_docstring
 from transformers.utils.hub import cached_file
 
 from ..llava_uhd.configuration_llava_uhd import CLIP_LARGE_336, SLICES_DOCSTRING, SquareOrSlicesConfig
+from ..llava_uhd.loading_llava_uhd import loading, read_json_object
 
 
 SIGLIP_SO400M_384 = {
@@ -274,7 +274,9 @@ class MoeLlavaConfig(SquareOrSlicesConfig):
         image_tower = kwargs.pop("mm_image_tower", None)
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if is_original_config(config_dict):
-            config_dict = translate_original_config(config_dict, str(pretrained_model_name_or_path), image_tower)
+            folder = str(pretrained_model_name_or_path)
+            with loading(f"The configuration in {folder}"):
+                config_dict = translate_original_config(config_dict, folder, image_tower)
         return config_dict, kwargs
 
 
@@ -285,7 +287,8 @@ class OriginalMoeLlavaConfig(PreTrainedConfig):  # trf-ignore: TRF057
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         folder = str(kwargs.get("name_or_path", "."))
-        translated = translate_original_config(config_dict, folder, kwargs.pop("mm_image_tower", None))
+        with loading(f"The configuration in {folder}"):
+            translated = translate_original_config(config_dict, folder, kwargs.pop("mm_image_tower", None))
         return MoeLlavaConfig.from_dict(translated, **kwargs)
 
 
@@ -434,9 +437,10 @@ def original_vocabulary_size(folder: str, num_rows: int) -> int:
     vocabulary = _original_vocabulary(folder)
     size = max(vocabulary.values()) + 1 if vocabulary else num_rows
     for name, num_specials in TIKTOKEN_SPECIALS.items():
-        ranks = _original_file(folder, name)
-        if ranks is not None:
-            size = sum(1 for line in ranks.splitlines() if line.strip()) + num_specials
+        path = _original_file(folder, name)
+        if path is not None:
+            with open(path, "rb") as ranks:
+                size = sum(1 for line in ranks if line.strip()) + num_specials
     if size > num_rows:
         raise ValueError(f"The tokenizer in {folder} has {size} tokens, but the model has embeddings of {num_rows}.")
     return size
@@ -444,31 +448,33 @@ def original_vocabulary_size(folder: str, num_rows: int) -> int:
 
 def _original_vocabulary(folder: str) -> dict[str, int]:
     """Ids of all tokens of a tokenizer with `vocab.json`; empty for others."""
-    files = (_original_file(folder, name) for name in ("vocab.json", "added_tokens.json"))
-    vocabulary, added = (json.loads(file) if file else {} for file in files)
-    return {**vocabulary, **added}
+    vocabulary = {}
+    for name in ("vocab.json", "added_tokens.json"):
+        path = _original_file(folder, name)
+        vocabulary |= read_json_object(path) if path else {}
+    if not all(isinstance(token_id, int) for token_id in vocabulary.values()):
+        raise ValueError(f"The vocabulary in {folder} must have an integer for every token.")
+    return vocabulary
 
 
 def _end_of_sequence(folder: str) -> int | None:
     """Id of the tokenizer's `eos_token`, which the original sets at load time."""
-    token = json.loads(_original_file(folder, "tokenizer_config.json") or "{}").get("eos_token")
+    path = _original_file(folder, "tokenizer_config.json")
+    token = read_json_object(path).get("eos_token") if path else None
     # Older files describe the token, newer ones name it.
     token = token.get("content") if isinstance(token, dict) else token
     return _original_vocabulary(folder).get(token) if isinstance(token, str) else None
 
 
 def _original_file(folder: str, name: str) -> str | None:
-    path = cached_file(
+    """Path of a file of the release."""
+    return cached_file(
         folder,
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
     )
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return file.read()
 
 
 def _read_tower_config(
@@ -481,11 +487,12 @@ def _read_tower_config(
     for place in places:
         path = os.path.join(place, "config.json")
         if os.path.isfile(path):
-            with open(path, encoding="utf-8") as file:
-                tower = json.load(file)
+            tower = read_json_object(path)
             tower = {**tower.get("vision_config", tower)}
-            kind = "siglip_vision_model" if "siglip" in tower.get("model_type", "") else "clip_vision_model"
+            kind = "siglip_vision_model" if "siglip" in str(tower.get("model_type")) else "clip_vision_model"
             tower["model_type"] = kind
+            if not isinstance(tower.get("hidden_size"), int):
+                raise ValueError(f"{path} must have an integer `hidden_size`, but has {tower.get('hidden_size')!r}.")
             break
     else:
         if image_tower:

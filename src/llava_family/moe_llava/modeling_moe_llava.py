@@ -45,7 +45,11 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder
 
-from ..llava_uhd.modeling_llava_uhd import FlashAttentionByDefaultMixin, PlaceholderGenerationMixin
+from ..llava_uhd.modeling_llava_uhd import (
+    FlashAttentionByDefaultMixin,
+    PlaceholderGenerationMixin,
+    UntrustedCheckpointMixin,
+)
 from ..llava_uhd.shared_llava_uhd import SquareOrSlicesMixin, add_balance_loss, counted_tokens
 from .configuration_moe_llava import (
     MoeLlavaConfig,
@@ -405,7 +409,7 @@ def build_text_model(config) -> PreTrainedModel:
 
 
 @auto_docstring
-class MoeLlavaPreTrainedModel(FlashAttentionByDefaultMixin, PreTrainedModel):
+class MoeLlavaPreTrainedModel(UntrustedCheckpointMixin, FlashAttentionByDefaultMixin, PreTrainedModel):
     config: MoeLlavaConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")

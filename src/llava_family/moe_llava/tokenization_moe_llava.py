@@ -15,7 +15,6 @@
 
 import base64
 import binascii
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,8 @@ from transformers.models.codegen.tokenization_codegen import CodeGenTokenizer
 from transformers.models.llama.tokenization_llama import LlamaTokenizer
 from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
+
+from ..llava_uhd.loading_llava_uhd import read_json_object
 
 
 # Both tiktoken tokenizers cut text alike; numbers fall into single digits.
@@ -234,18 +235,6 @@ def _load_tiktoken(
         clean_up_tokenization_spaces=False,
         **names,
     )
-
-
-def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a file that must hold one JSON object; a `ValueError` names it where it does not."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}.")
-    return content
 
 
 __all__ = ["load_original_tokenizer"]
