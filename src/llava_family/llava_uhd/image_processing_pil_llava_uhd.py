@@ -15,8 +15,9 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -101,6 +102,12 @@ def check_setting(name: str, value: Any, limit: int = MAX_VIEW_SIDE) -> None:
     """Raises a `ValueError` if `value` is no integer from 1 to `limit`, by default what a view's side may have."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
         raise ValueError(f"{name} must be an integer of 1..{limit}, but is {value!r}.")
+
+
+def check_numbers(name: str, values: Sequence[Any]) -> None:
+    """Raises a `ValueError` if not all `values` are finite numbers."""
+    if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+        raise ValueError(f"{name} must be finite numbers, but is {values!r}.")
 
 
 def plan_image(
@@ -264,6 +271,13 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         backend, resample = kwargs["resample_backend"], kwargs["resample"]
         if backend not in ("pil", "torch"):
             raise ValueError(f'`resample_backend` must be "pil" or "torch", but is {backend!r}.')
+        if resample is not None and resample not in list(PILImageResampling):
+            raise ValueError(f"`resample` must be one of `PIL.Image.Resampling`, but is {resample!r}.")
+        if kwargs["do_rescale"]:
+            check_numbers("`rescale_factor`", [kwargs["rescale_factor"]])
+        for name in ("image_mean", "image_std") if kwargs["do_normalize"] else ():
+            stats = kwargs[name]
+            check_numbers(f"`{name}`", stats if isinstance(stats, list | tuple) else [stats])
         if backend == "torch" and resample not in TORCH_FILTERS:
             raise ValueError(
                 f'`resample_backend="torch"` resizes by bicubic or bilinear filters, but `resample` is {resample!r}.'
