@@ -46,7 +46,7 @@ def test_trains_saves_loads_and_merges(family, target, tmp_path):
     assert trainable and all("lora_" in name for name in trainable)
 
     start = model(**batch)
-    losses = [start.loss.item()]
+    losses = []
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.1)
     model.train()
     for _ in range(8):
@@ -55,7 +55,7 @@ def test_trains_saves_loads_and_merges(family, target, tmp_path):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.95 * losses[0], losses
+    assert losses[-1] < losses[0] - 0.1, losses
     model.eval()
 
     with torch.no_grad():

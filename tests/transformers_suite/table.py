@@ -22,7 +22,7 @@ TASKS = "a pipeline of another task; or, for further text models and routings, o
 TORCHVISION = "torchvision is optional here, and CI is without it"
 OTHER_MODALITIES = "the families know neither sound nor videos"
 GPU = "needs a GPU; ours are in tests/gpu"
-ABSENT = "no model of the family has it"
+ABSENT = "the model does not have it"
 REASONS = {
     "is not in `self.pipeline_model_mapping`": TASKS,
     "`run_pipeline_test` is currently not implemented": "transformers skips it for all models",
@@ -36,7 +36,8 @@ REASONS = {
     "test requires deepspeed": "not a dependency; docs/training.md has what trains on several GPUs",
     "test is slow": "`make test-all` runs them, but for compilation, which needs a GPU or torchvision",
     "Runs a process that imports transformers alone": "which cannot know our classes",
-    "does not support grouped_mm|has no sparse experts|has no `output_router_logits`": "LLaVA-UHD has no experts",
+    "does not support grouped_mm|has no sparse experts|has no `output_router_logits`": "LLaVA-UHD has no experts, and "
+    "those of LLaVA-MoLE are adapters",
     "has no _keep_in_fp32_modules": "nothing is kept in float32",
     "Chat template does not support tools": "the originals' prompts know no tools",
     "Only PrefixChange conversions found": "LLaVA-MoLE's file is converted by a script, never while a model is loaded",
@@ -82,14 +83,13 @@ class Tables:
             item.user_properties += [("family", family), ("mixin", mixin_of(item))]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if hasattr(report, "context"):
-            return  # a subtest, which fails its test
         properties = dict(report.user_properties)
         mixin, family = properties["mixin"], properties["family"]
-        if report.when == "call" or not report.passed:
-            self.outcomes[mixin, family, report.outcome] += 1
         if report.skipped:
             self.skips[plain(report.longrepr[2]), family] += 1
+        is_subtest = hasattr(report, "context")  # which fails its test if it fails, but may be skipped by itself
+        if not is_subtest and (report.when == "call" or not report.passed):
+            self.outcomes[mixin, family, report.outcome] += 1
 
     def mixins_table(self) -> str:
         lines = [f"| mixin | {' | '.join(FAMILIES)} |", "|---|" + "---|" * len(FAMILIES)]
@@ -139,6 +139,6 @@ class Tables:
 
 
 def fill(text: str, name: str, table: str) -> str:
-    start, end = f"<!-- conformance: {name} -->\n", "\n<!-- end -->"
+    start, end = f"<!-- conformance: {name} -->", "<!-- end -->"
     before, _, rest = text.partition(start)
-    return f"{before}{start}{table}{end}{rest.partition(end)[2]}"
+    return f"{before}{start}\n{table}\n{end}{rest.partition(end)[2]}"
