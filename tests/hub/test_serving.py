@@ -49,22 +49,25 @@ def server(code, packages, *options):
     }
     # `-S` ignores `.pth` files, by which an editable install works.
     command = [sys.executable, "-S", "-c", code, "serve", "--device", "cpu", "--port", str(port), *options]
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as run:
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT) as run,
+    ):
         try:
-            wait_for(f"http://localhost:{port}/health", run)
+            wait_for(f"http://localhost:{port}/health", run, log)
             yield f"http://localhost:{port}"
         finally:
             run.kill()
 
 
-def wait_for(address, run):
+def wait_for(address, run, log):
     for _ in range(10 * SECONDS):
         try:
             return urllib.request.urlopen(address)
         except urllib.error.URLError:
-            assert run.poll() is None, run.stdout.read()
+            if run.poll() is not None:
+                log.seek(0)
+                pytest.fail(log.read())
             time.sleep(0.1)
     raise TimeoutError(f"{address} did not answer within {SECONDS} seconds.")
 
