@@ -84,6 +84,7 @@ PLACEHOLDER_TESTS = [
     "test_wrong_number_of_placeholders",
     "test_bad_inputs",
     "test_images_cannot_be_found_in_embeddings",
+    "test_placeholders_of_the_vocabulary_are_found_in_embeddings",
     "test_forgotten_images_are_an_error",
 ]
 
@@ -219,7 +220,7 @@ def run_tests(target: Target, code: str | None, timeout: float) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         # Of files that claim to be large, a mutant may believe it.
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         if code:
             sys.meta_path.insert(0, MutantFinder(path_of(target), code))
         files = [str(TESTS / test) for test in target.tests]
