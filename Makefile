@@ -4,7 +4,7 @@ PYTEST := $(PY) -m pytest -q
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check fuzz lint test-transformers bench clean
+.PHONY: demo test test-all check fuzz lint test-transformers conformance coverage mutate bench clean
 
 demo: .venv/.installed
 	$(PY) examples/demo.py
@@ -13,6 +13,10 @@ demo: .venv/.installed
 # Ten failures end it: if tests hang, each up to its time limit, their names must still be printed.
 test: .venv/.installed .venv/.quantise
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --maxfail 10
+
+# Also what CI has no time for, but for mutation testing
+test-all: export RUN_SLOW := 1
+test-all: lint test-transformers coverage
 
 check: lint
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -x -m "not slow"
@@ -31,6 +35,17 @@ fuzz: .venv/.installed
 test-transformers: .venv/.installed
 	cd tests/transformers_suite && OMP_NUM_THREADS=1 ../../$(PYTEST) -n 2
 
+# Writes what the above saw into docs/conformance.md.
+conformance: .venv/.installed
+	cd tests/transformers_suite && OMP_NUM_THREADS=1 ../../$(PYTEST) -n 2 --write-tables
+
+# All tests; fails if they run less of the package than pyproject.toml asks for.
+coverage: .venv/.installed .venv/.quantise
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --maxfail 10 --cov --cov-report=term
+
+mutate: .venv/.mutate
+	OMP_NUM_THREADS=1 $(PY) tests/mutation/mutate.py
+
 bench: .venv/.installed
 	$(PY) benchmarks/flops.py
 	$(PY) benchmarks/image_processing.py
@@ -47,6 +62,10 @@ clean:
 .venv/.installed: setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -qq -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/.mutate: .venv/.installed
+	$(PY) -m pip install -qq -c constraints.txt -e '.[mutate]'
 	touch $@
 
 # Not with the rest: where torchao is installed, importing any transformers model prints its warnings.

@@ -28,6 +28,8 @@ PLOT = ["matplotlib>=3.8"]
 TRAIN = ["accelerate>=1.1", "peft>=0.21"]
 # Of examples/training/trl_sft.py, and for data that is a `datasets.Dataset`
 TRL = ["datasets>=4.7", "trl>=1.16"]
+# Of `transformers serve`
+SERVING = ["accelerate>=1.1", "fastapi>=0.115", "openai>=1.98", "uvicorn>=0.30"]
 
 setup(
     name="llava-family",
@@ -70,10 +72,13 @@ setup(
         "flash-attn": ["flash-attn>=2.6"],
         "plot": PLOT,
         "quantise": ["torchao>=0.18,<0.19"],
+        "serving": SERVING,
         "train": TRAIN,
         "trl": [*TRAIN, *TRL],
+        "mutate": ["cosmic-ray>=8.4"],
         "dev": [
             *PLOT,
+            *SERVING,
             *TRAIN,
             *TRL,
             "httpx",
@@ -81,6 +86,7 @@ setup(
             "mypy",
             "parameterized",
             "pytest",
+            "pytest-cov",
             "pytest-rerunfailures",
             "pytest-timeout",
             "pytest-xdist",

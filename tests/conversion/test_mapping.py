@@ -93,6 +93,34 @@ def test_native_names_pass_although_a_transform_matches():
     assert torch.equal(converted["proj"], tensors["proj"])
 
 
+def test_names_of_both_layouts_can_be_swapped():
+    tensors = {"a": counting(2), "z": counting(2) + 5}
+    transforms = [WeightRenaming("^a$", "b"), WeightRenaming("^z$", "a")]
+    converted, _ = convert(tensors, transforms, {"a": (2,), "b": (2,)})
+    assert torch.equal(converted["b"], tensors["a"]) and torch.equal(converted["a"], tensors["z"])
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "message"),
+    [
+        (torch.int32, torch.float32, "a for a has dtype torch.int32, expected torch.float64 or torch.float32"),
+        (torch.float8_e4m3fn, torch.float32, "a for a has dtype torch.float8_e4m3fn, expected torch.float64"),
+        (torch.int32, torch.int64, "a for a has dtype torch.int32, expected torch.int64$"),
+    ],
+)
+def test_kinds_of_dtypes(found, wanted, message):
+    with pytest.raises(ValueError, match="1 source tensors of another kind of dtype") as error:
+        plan_conversion({"a": TensorInfo((2,), found)}, [], {"a": TensorInfo((2,), wanted)})
+    assert error.match(message)
+    plan_conversion({"a": TensorInfo((2,), torch.bfloat16)}, [], {"a": TensorInfo((2,), torch.float32)})
+
+
+def test_every_failed_conversion_is_told():
+    infos = {f"{i}.x": TensorInfo((4,), torch.float32) for i in range(2)}
+    with pytest.raises(ValueError, match=r"(?s)2 failed conversions:\n  0\.a from 0\.x: .*\n  1\.a from 1\.x: "):
+        plan_conversion(infos, [WeightConverter("x", "a", [Transpose(0, 1)])], {"0.a": (4,), "1.a": (4,)})
+
+
 def test_steps_come_in_the_order_of_the_sources():
     tensors = {name: counting(2) for name in ("c", "a", "b")}
     _, plan = convert(tensors, [], dict.fromkeys("abc", (2,)))

@@ -452,6 +452,17 @@ def test_forgotten_images_are_an_error(model):
     inputs = image_inputs(model, [[(0, 0), (0, 0), (5, 8)]])
     with pytest.raises(ValueError, match="144 image placeholders, but no images"):
         model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    with pytest.raises(ValueError, match="144 image placeholders, but no images"):
+        model(input_ids=inputs["input_ids"], past_key_values=DynamicCache())  # as `generate` passes it
+
+
+def test_placeholders_of_the_vocabulary_are_found_in_embeddings():
+    model = tiny_model(image_token_id=383)
+    inputs = image_inputs(model, MIXED_GRIDS)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+        torch.testing.assert_close(model(**inputs, inputs_embeds=embeddings).logits, expected)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from llava_family import LlavaUhdImageProcessorPil, plan_slices
 from llava_family.llava_uhd.image_processing_pil_llava_uhd import image_grid
 from llava_family.llava_uhd.modeling_llava_uhd import view_grids_of
-from llava_family.llava_uhd.slicing_llava_uhd import pre_resize_size
+from llava_family.llava_uhd.slicing_llava_uhd import SlicePlan, pre_resize_size
 
 from .conftest import FIXTURES
 
@@ -108,6 +108,13 @@ def test_processor_follows_the_plan(processor, size):
 def test_large_square_is_cut_three_by_two():
     # |ln(2/3)| and |ln(3/2)| differ in the last bit of a double; the released weights were trained with this tie-break
     assert (plan_slices(1008, 1008).columns, plan_slices(1008, 1008).rows) == (3, 2)
+
+
+def test_an_image_that_is_not_sliced_has_no_grid():
+    plan = plan_slices(300, 200)
+    assert plan == SlicePlan(columns=0, rows=0, slice_size=None, overview_size=plan.overview_size)
+    assert plan.refined_size is None and not list(plan.slice_boxes())
+    assert plan.view_grids == [(plan.overview_size[1] // 14, plan.overview_size[0] // 14)]
 
 
 def test_one_plan_serves_the_image_processor():

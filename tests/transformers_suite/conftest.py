@@ -4,10 +4,12 @@ import os
 import sys
 
 import pytest
-from prepare import prepare
+from prepare import TINY_MODELS, prepare
+from table import Tables
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = str(TINY_MODELS)
 
 try:
     sys.path.insert(0, str(prepare()))
@@ -16,9 +18,15 @@ except OSError as error:
     missing = f"transformers' own tests are not to be had. {error}"
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    parser.addoption("--write-tables", action="store_true", help="write docs/conformance.md instead of comparing it")
+
+
+def pytest_configure(config):
     if missing and os.environ.get("CI") == "true":
         raise pytest.UsageError(missing)
+    if not missing:
+        config.pluginmanager.register(Tables(config))
 
 
 class _SkippedModule(pytest.Module):

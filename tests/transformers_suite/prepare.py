@@ -12,9 +12,12 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from pipelines import write_tiny_models
+
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".cache" / "transformers_suite"
+TINY_MODELS = FOLDER / "tiny_models"
 PICTURE = ROOT / "examples" / "images" / "rocket.jpg"
 
 GENERATION = """
@@ -58,9 +61,12 @@ STUBS = {
     "tests/exporters/test_export.py": EXPORT,
     "tests/generation/__init__.py": "",
     "tests/generation/test_utils.py": GENERATION,
+    "tests/pipelines/__init__.py": "",
+    "tests/pipelines/test_pipelines_any_to_any.py": "from pipelines import AnyToAnyPipelineTests",
+    "tests/pipelines/test_pipelines_image_text_to_text.py": "from pipelines import ImageTextToTextPipelineTests",
+    "tests/pipelines/test_pipelines_text_generation.py": "from pipelines import TextGenerationPipelineTests",
     "tests/utils/__init__.py": "",
     "tests/utils/test_configuration_utils.py": CONFIGURATION,
-    "tests/utils/tiny_model_summary.json": "{}",
     "utils/fetch_hub_objects_for_ci.py": FETCH,
 }
 
@@ -77,6 +83,7 @@ def prepare() -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     _link_source()
+    write_tiny_models(TINY_MODELS)
     ready.touch()
     return FOLDER
 

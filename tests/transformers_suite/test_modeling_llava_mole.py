@@ -7,6 +7,7 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from tests.test_pipeline_mixin import PipelineTesterMixin
+from training import CompositeTrainingTesterMixin, VariantOfAFamily
 from transformers.models.auto import modeling_auto
 
 from llava_family import LlavaMoleConfig, LlavaMoleForCausalLM, LlavaMoleModel
@@ -75,9 +76,13 @@ class LlavaMoleModelTester:
         }
 
 
-class LlavaMoleModelTest(ModelTesterMixin, GenerationTesterMixin, PipelineTesterMixin, unittest.TestCase):
+class LlavaMoleModelTest(
+    ModelTesterMixin, GenerationTesterMixin, PipelineTesterMixin, CompositeTrainingTesterMixin, unittest.TestCase
+):
     all_model_classes = (LlavaMoleModel, LlavaMoleForCausalLM)
-    pipeline_model_mapping = {"image-text-to-text": LlavaMoleForCausalLM}
+    pipeline_model_mapping = dict.fromkeys(
+        ["image-text-to-text", "any-to-any", "text-generation"], LlavaMoleForCausalLM
+    )
     _is_composite = True
     model_tester_class = LlavaMoleModelTester
     # The tower's last norm is not part of the features, as in in-tree LLaVA, whose tests of gradient checkpointing are
@@ -102,5 +107,5 @@ class LlavaMoleDenseModelTester(LlavaMoleModelTester):
     routing = "dense"
 
 
-class LlavaMoleDenseModelTest(LlavaMoleModelTest):
+class LlavaMoleDenseModelTest(VariantOfAFamily, LlavaMoleModelTest):
     model_tester_class = LlavaMoleDenseModelTester

@@ -7,6 +7,7 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from tests.test_pipeline_mixin import PipelineTesterMixin
+from training import CompositeTrainingTesterMixin
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import torch_device
 
@@ -79,9 +80,11 @@ class LlavaUhdModelTester:
         }
 
 
-class LlavaUhdModelTest(ModelTesterMixin, GenerationTesterMixin, PipelineTesterMixin, unittest.TestCase):
+class LlavaUhdModelTest(
+    ModelTesterMixin, GenerationTesterMixin, PipelineTesterMixin, CompositeTrainingTesterMixin, unittest.TestCase
+):
     all_model_classes = (LlavaUhdModel, LlavaUhdForConditionalGeneration)
-    pipeline_model_mapping = {"image-text-to-text": LlavaUhdForConditionalGeneration}
+    pipeline_model_mapping = dict.fromkeys(["image-text-to-text", "any-to-any"], LlavaUhdForConditionalGeneration)
     _is_composite = True
 
     def setUp(self):

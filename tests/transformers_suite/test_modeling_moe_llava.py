@@ -7,6 +7,7 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from tests.test_pipeline_mixin import PipelineTesterMixin
+from training import CompositeTrainingTesterMixin, VariantOfAFamily
 from transformers.models.auto import modeling_auto
 
 from llava_family import MoeLlavaConfig, MoeLlavaForCausalLM, MoeLlavaModel
@@ -72,9 +73,13 @@ class MoeLlavaModelTester:
         }
 
 
-class MoeLlavaModelTest(ModelTesterMixin, GenerationTesterMixin, PipelineTesterMixin, unittest.TestCase):
+class MoeLlavaModelTest(
+    ModelTesterMixin, GenerationTesterMixin, PipelineTesterMixin, CompositeTrainingTesterMixin, unittest.TestCase
+):
     all_model_classes = (MoeLlavaModel, MoeLlavaForCausalLM)
-    pipeline_model_mapping = {"image-text-to-text": MoeLlavaForCausalLM}
+    pipeline_model_mapping = dict.fromkeys(
+        ["image-text-to-text", "any-to-any", "text-generation"], MoeLlavaForCausalLM
+    )
     _is_composite = True
     model_tester_class = MoeLlavaModelTester
     # As in in-tree LLaVA, whose tests of gradient checkpointing are expected to fail for it, the tower's last layer
@@ -104,7 +109,7 @@ class MoeLlavaStableLmModelTester(MoeLlavaModelTester):
         self.text_config["partial_rotary_factor"] = 0.5
 
 
-class MoeLlavaStableLmModelTest(MoeLlavaModelTest):
+class MoeLlavaStableLmModelTest(VariantOfAFamily, MoeLlavaModelTest):
     model_tester_class = MoeLlavaStableLmModelTester
 
 
@@ -112,7 +117,7 @@ class MoeLlavaQwen2ModelTester(MoeLlavaModelTester):
     text_model_type = "moe_llava_qwen2_text"
 
 
-class MoeLlavaQwen2ModelTest(MoeLlavaModelTest):
+class MoeLlavaQwen2ModelTest(VariantOfAFamily, MoeLlavaModelTest):
     model_tester_class = MoeLlavaQwen2ModelTester
 
 
@@ -120,7 +125,7 @@ class MoeLlavaLlamaModelTester(MoeLlavaModelTester):
     text_model_type = "moe_llava_llama_text"
 
 
-class MoeLlavaLlamaModelTest(MoeLlavaModelTest):
+class MoeLlavaLlamaModelTest(VariantOfAFamily, MoeLlavaModelTest):
     model_tester_class = MoeLlavaLlamaModelTester
 
 
@@ -128,5 +133,5 @@ class MoeLlavaMistralModelTester(MoeLlavaModelTester):
     text_model_type = "moe_llava_mistral_text"
 
 
-class MoeLlavaMistralModelTest(MoeLlavaModelTest):
+class MoeLlavaMistralModelTest(VariantOfAFamily, MoeLlavaModelTest):
     model_tester_class = MoeLlavaMistralModelTester

@@ -36,10 +36,13 @@ REGISTRATION_SOURCE = '''
 
 def _register() -> None:
     """Makes known to transformers what stands in a configuration by its name alone."""
-    from transformers.models.auto import configuration_auto, image_processing_auto
+    from transformers.models.auto import configuration_auto, image_processing_auto, modeling_auto
 
     for config_class in ({classes},):
         configuration_auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    # `transformers serve` knows by these what a model is.
+    for table in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES"):
+        getattr(modeling_auto, table, {{}})["{model_type}"] = "{head}"
     # The PIL backend has the original's pixels, so it stays the default where torchvision is installed.
     pil_by_default = getattr(image_processing_auto, "DEFAULT_TO_PIL_BACKEND_IMAGE_PROCESSORS", [])
     if "{image_processor}" not in pil_by_default:
@@ -76,6 +79,8 @@ def repository_code(config: PreTrainedConfig) -> dict[str, str]:
             sources[name] += REGISTRATION_SOURCE.format(
                 classes=", ".join(f"{other.prefix}{part}" for part in other.parts),
                 image_processor=f"{other.prefix}ImageProcessor",
+                model_type=other.model_type,
+                head=f"{other.prefix}{other.head}",
             )
     if text_family:
         _add_text_model(sources, family, text_family, text_part)

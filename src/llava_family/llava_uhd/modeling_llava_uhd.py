@@ -487,10 +487,21 @@ def region_sampling_weights(
     pooled_rows, pooled_columns = pooling_size(grid)
     box_height = math.sqrt(rows * columns / regions**2 / (columns / rows))
     box_width = box_height * (columns / rows)
-    return (
-        _axis_sampling_weights(box_height, regions, pooled_rows, rows, dtype),
-        _axis_sampling_weights(box_width, regions, pooled_columns, columns, dtype),
-    )
+    # Later calls get the same tensors, whatever the first one ran under: training cannot use what inference mode made.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return (
+            _axis_sampling_weights(box_height, regions, pooled_rows, rows, dtype),
+            _axis_sampling_weights(box_width, regions, pooled_columns, columns, dtype),
+        )
+
+
+@lru_cache(maxsize=256)
+def shares_beyond_map(grid: tuple[int, int], regions: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """How much of each sample lies beyond the map, `(regions**2, samples, 1)` in float32; None where nothing does."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        inside = torch.outer(*(weights.sum(1) for weights in region_sampling_weights(grid, regions, dtype)))
+        inside = inside.unflatten(0, (regions, -1)).unflatten(2, (regions, -1)).transpose(1, 2)
+        return (1 - inside).reshape(regions**2, -1, 1) if inside.min() < 1 - 1e-5 else None
 
 
 def _axis_sampling_weights(box: float, regions: int, bins: int, length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -580,13 +591,10 @@ class LlavaUhdResamplerAttention(nn.Module):
         for grid, count in _consecutive(view_grids):
             end = start + count * grid[0] * grid[1]
             samples = sample_regions(projected[start:end].unflatten(0, (count, -1)), grid, regions)
-            row_weights, column_weights = region_sampling_weights(grid, regions, features.dtype)
-            inside = torch.outer(row_weights.sum(1), column_weights.sum(1))
-            if inside.min() < 1 - 1e-5:
+            outside = shares_beyond_map(grid, regions, features.dtype)
+            if outside is not None:
                 # Samples beyond the map are zeros before they are projected: they keep the whole bias.
-                inside = inside.unflatten(0, (regions, -1)).unflatten(2, (regions, -1)).transpose(1, 2)
-                outside = (1 - inside).reshape(1, regions**2, -1, 1).to(samples.device, samples.dtype)
-                samples = samples + outside * projection(torch.zeros_like(features[:1]))
+                samples = samples + outside.to(samples) * projection(torch.zeros_like(features[:1]))
             sampled.append(samples.flatten(0, 2))
             start = end
         return torch.cat(sampled) if len(sampled) > 1 else sampled[0]
