@@ -133,6 +133,45 @@ def test_vision_feature_layer_of_squares():
         MoeLlavaConfig(vision_feature_layer=25)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resample": [3]}, "`resample` must be one of `PIL.Image.Resampling`"),
+        ({"resample": 9}, "`resample` must be one of `PIL.Image.Resampling`"),
+        ({"rescale_factor": {"a": 1}}, "`rescale_factor` must be finite numbers"),
+        ({"rescale_factor": 10**400}, "`rescale_factor` must be finite numbers"),
+        ({"image_mean": [0.5, {}, 0.5]}, "`image_mean` must be finite numbers"),
+        ({"image_std": float("nan")}, "`image_std` must be finite numbers"),
+    ],
+)
+def test_settings_that_are_no_numbers_or_filters(settings, message):
+    processor = MoeLlavaImageProcessorPil()
+    for name, value in settings.items():  # as a file's, which are not checked when they are read
+        setattr(processor, name, value)
+    with pytest.raises(ValueError, match=message):
+        processor(noise(9, 9))
+
+
+def test_a_factor_may_be_a_large_integer():
+    pixels = MoeLlavaImageProcessorPil(rescale_factor=10**30, do_normalize=False)(noise(9, 9))["pixel_values"][0]
+    assert np.isfinite(pixels).all() and pixels.max() > 1e31
+
+
+@pytest.mark.parametrize("config_class", [LlavaUhdConfig, MoeLlavaConfig])
+def test_a_configuration_that_is_no_object(tmp_path, config_class):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="must be a JSON object, but is a list"):
+        config_class.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": [1]}')
+    assert config_class.get_config_dict(tmp_path)[0]["model_type"] == [1]
+
+
+def test_a_setting_of_the_tokenizer_that_is_an_argument_of_images():
+    tokenizer = LlamaTokenizer.from_pretrained(LLAVA_UHD, size="large")
+    with pytest.raises(ValueError, match="setting of its tokenizer, is wrong: .*'size'"):
+        LlavaUhdProcessor(LlavaUhdImageProcessorPil(), tokenizer)(images=noise(9, 9), text="<image>")
+
+
 def test_a_model_type_may_be_anything(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": 5}')
     with pytest.raises(ValueError, match="model type `5`"):

@@ -48,6 +48,7 @@ UPSTREAM = {
     ("PreTrainedConfig._dict_from_json_file", RecursionError): "shallow JSON",
     ("AutoProcessor.from_pretrained", AttributeError): "an object in tokenizer_config.json and processor_config.json",
     ("AutoProcessor.from_pretrained", RecursionError): "shallow JSON",
+    ("AutoProcessor.from_pretrained", TypeError): "an object as `auto_map` of tokenizer_config.json",
     ("processor_class_from_name", TypeError): "a string as `processor_class`",
 }
 

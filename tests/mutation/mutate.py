@@ -56,7 +56,13 @@ ROUTING = (
     "_run_experts",
     "MoeLlavaSparseMoeBlock",
 )
-ROI_ALIGN = ("pooling_size", "region_sampling_weights", "_axis_sampling_weights")
+ROI_ALIGN = (
+    "pooling_size",
+    "region_sampling_weights",
+    "shares_beyond_map",
+    "_axis_sampling_weights",
+    "sample_regions",
+)
 # Of large files, the tests that have to do with a target; quick ones come first
 SLICING_TESTS = [
     "test_every_golden_entry",
@@ -66,6 +72,7 @@ SLICING_TESTS = [
     "test_processor_follows_the_plan",
     "test_every_size[7]",
 ]
+ROI_ALIGN_TESTS = ["test_region_sampling_is_roi_align", "test_resampler_is_multi_head_attention_of_the_queries"]
 ROI_ALIGN_GOLDENS = ["test_box_corners_are_rounded_to_the_feature_dtype", "test_resampler_of_any_grid"]
 LAYERS_TESTS = [
     "test_routing",
@@ -123,7 +130,7 @@ AREAS = {
         Target(
             "llava_uhd/modeling_llava_uhd",
             [
-                *in_file("llava_uhd/test_modeling_llava_uhd.py", ["test_region_sampling_is_roi_align"]),
+                *in_file("llava_uhd/test_modeling_llava_uhd.py", ROI_ALIGN_TESTS),
                 *in_file("llava_uhd/test_goldens_llava_uhd.py", ROI_ALIGN_GOLDENS),
             ],
             ROI_ALIGN,

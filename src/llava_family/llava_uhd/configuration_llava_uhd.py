@@ -203,7 +203,13 @@ class SlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         with loading(f"The configuration in {pretrained_model_name_or_path}"):
-            return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not isinstance(config_dict, dict):
+            raise ValueError(
+                f"The configuration in {pretrained_model_name_or_path} must be a JSON object, but is a "
+                f"{type(config_dict).__name__}."
+            )
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -15,6 +15,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from numbers import Real
@@ -106,7 +107,7 @@ def check_setting(name: str, value: Any, limit: int = MAX_VIEW_SIDE) -> None:
 
 def check_numbers(name: str, values: Sequence[Any]) -> None:
     """Raises a `ValueError` if not all `values` are finite numbers."""
-    if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+    if not all(isinstance(value, Real) and abs(value) <= sys.float_info.max for value in values):
         raise ValueError(f"{name} must be finite numbers, but is {values!r}.")
 
 
@@ -434,7 +435,7 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
         image_std: float | list[float] | None,
     ) -> Normalization:
         # What came as floats in 0..1 is rescaled already, whatever the flag says: back to what it was.
-        factor = 1 / 255 if white == 1.0 else rescale_factor if do_rescale else None
+        factor = 1 / 255 if white == 1.0 else float(rescale_factor) if do_rescale else None
         mean, std = (
             np.broadcast_to(np.asarray(stat, dtype=np.float32), (num_channels,)) if do_normalize else None
             for stat in (image_mean, image_std)

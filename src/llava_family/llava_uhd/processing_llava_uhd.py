@@ -15,6 +15,7 @@
 
 import re
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.tokenization_llama import LlamaTokenizer
 from transformers.processing_utils import MultiModalData, ProcessorMixin
@@ -156,6 +157,14 @@ class LlavaUhdProcessor(ProcessorMixin):
     @property
     def model_input_names(self):
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+
+    def _merge_kwargs(self, *args, **kwargs):
+        try:
+            return super()._merge_kwargs(*args, **kwargs)
+        except StrictDataclassError as error:  # which is no `ValueError`
+            raise ValueError(
+                f"An argument of the processor, or a setting of its tokenizer, is wrong: {error}"
+            ) from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, mm_vision_tower=None, **kwargs):

@@ -359,7 +359,7 @@ def original_configs() -> list[type[PreTrainedConfig]]:
 
 def is_original_config(config_dict: dict[str, Any]) -> bool:
     """Whether `config_dict` is the original's `config.json` of a MoE-LLaVA release or of its dense second stage."""
-    return config_dict.get("model_type") in ORIGINAL_MODEL_TYPES and "mm_image_tower" in config_dict
+    return str(config_dict.get("model_type")) in ORIGINAL_MODEL_TYPES and "mm_image_tower" in config_dict
 
 
 def translate_original_config(
