@@ -18,6 +18,7 @@ from llava_family.llava_mole.layers_llava_mole import (
     MoleLinear,
     MoleRouter,
     balance_loss,
+    check_routers_learn,
     group_tokens,
     route_tokens,
 )
@@ -308,3 +309,13 @@ def test_benchmark_runs():
     command = [sys.executable, str(BENCHMARK), "--quick", "--rounds", "2", "--threads", "1", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and result.stdout.count('"ratio"') == 16, result.stderr
+
+
+def test_routers_that_would_not_learn():
+    with_graph, without = torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3)
+    check_routers_learn([with_graph, without], [True, False])
+    check_routers_learn([with_graph, with_graph], [False, True])
+    with pytest.raises(ValueError, match='"use_reentrant": False'):
+        check_routers_learn([with_graph, without], [True, True])
+    with torch.no_grad():
+        check_routers_learn([without], [True])

@@ -56,6 +56,18 @@ ROUTING = (
     "_run_experts",
     "MoeLlavaSparseMoeBlock",
 )
+# Not `MoleExpertsParallel`, which several processes test
+MOLE_LAYERS = (
+    "TokenGroups",
+    "route_tokens",
+    "group_tokens",
+    "balance_loss",
+    "MoleRouter",
+    "check_routers_learn",
+    "MoleExperts",
+    "MoleLinear",
+    "MoleMLP",
+)
 ROI_ALIGN = (
     "pooling_size",
     "region_sampling_weights",
@@ -86,6 +98,7 @@ LAYERS_TESTS = [
     "test_one_expert_equals_peft_lora",
     "test_dropout_is_of_the_input_and_of_training_alone",
     "test_router_scores_in_float32",
+    "test_routers_that_would_not_learn",
     "test_balance_loss",
     "test_balance_loss_of_balance_and_of_collapse",
     "test_balance_loss_of_a_row_of_padding_alone",
@@ -123,7 +136,9 @@ AREAS = {
     ],
     "routing": [
         Target("moe_llava/modeling_moe_llava", ["moe_llava/test_routing_moe_llava.py"], ROUTING),
-        Target("llava_mole/layers_llava_mole", in_file("llava_mole/test_layers_llava_mole.py", LAYERS_TESTS)),
+        Target(
+            "llava_mole/layers_llava_mole", in_file("llava_mole/test_layers_llava_mole.py", LAYERS_TESTS), MOLE_LAYERS
+        ),
         Target("mole/balance", in_file("mole/test_training.py", BALANCE_TESTS)),
     ],
     "roi_align": [
