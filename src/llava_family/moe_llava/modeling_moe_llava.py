@@ -195,14 +195,15 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], attention_mask: torch.
 
 
 class MoeLlavaRouter(nn.Module):
-    """Scores the experts, always in float32."""
+    """Scores the experts, always in float32, under autocast too."""
 
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_states.float(), self.weight.float())
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float())
 
 
 def _run_experts(experts: nn.Module, hidden_states, top_k_index, top_k_weights, run_expert) -> torch.Tensor:
@@ -288,7 +289,7 @@ class MoeLlavaSparseMoeBlock(nn.Module):
         output = self.experts(tokens, top_k_index, top_k_weights.to(tokens.dtype))
         # CODEPATH: no release has residual experts; the original offers them
         if config.use_residual:
-            shares = self.coefficient(tokens).softmax(dim=-1)
+            shares = self.coefficient(tokens).softmax(dim=-1, dtype=torch.float32).to(tokens.dtype)
             output = output * shares[:, :1] + self.residual_mlp(tokens) * shares[:, 1:]
         return output.reshape(shape)
 
