@@ -107,7 +107,8 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of `(batch, heads, length, head_dim)` states without a mask: a view attends to itself alone."""
-    attention_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    # Scaled before the product, as in the originals, which float16 would overflow at sooner.
+    attention_weights = torch.matmul(query * scaling, key.transpose(-1, -2))
     attention_weights = nn.functional.softmax(attention_weights, dim=-1, dtype=torch.float32).to(query.dtype)
     attention_weights = nn.functional.dropout(attention_weights, p=dropout, training=module.training)
     attention_output = torch.matmul(attention_weights, value).transpose(1, 2).contiguous()

@@ -17,7 +17,6 @@ PIL, numpy and torch release the interpreter's lock while they work, so plain th
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -81,9 +80,11 @@ def open_image(image: Any) -> Any:
             image = file.read()
     if not isinstance(image, bytes | bytearray):
         return image
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error below
+    try:
+        # PIL may warn of what is refused below. To filter that here would change the filters of other threads.
         opened = Image.open(BytesIO(image))
+    except Image.DecompressionBombWarning as error:  # where warnings are errors
+        raise ValueError(str(error)) from error
     refuse_bomb(opened)
     return opened
 

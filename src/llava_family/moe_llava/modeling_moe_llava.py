@@ -206,6 +206,11 @@ class MoeLlavaRouter(nn.Module):
             return nn.functional.linear(hidden_states.float(), self.weight.float())
 
 
+def activation(config) -> nn.Module:
+    """That of `config.hidden_act`, but `gelu_new` by one kernel: in float16 its formula overflows, in the gradient."""
+    return ACT2FN["gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act]
+
+
 def _run_experts(experts: nn.Module, hidden_states, top_k_index, top_k_weights, run_expert) -> torch.Tensor:
     """The eager implementation: one expert after the other, in the activations' dtype."""
     output = torch.zeros_like(hidden_states)
@@ -227,7 +232,7 @@ class MoeLlavaExperts(nn.Module):
             torch.zeros(config.num_experts, 2 * config.intermediate_size, config.hidden_size)
         )
         self.down_proj = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size, config.intermediate_size))
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = activation(config)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -250,7 +255,7 @@ class MoeLlavaPhiExperts(nn.Module):
         self.up_proj_bias = nn.Parameter(torch.zeros(config.num_experts, config.intermediate_size))
         self.down_proj = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size, config.intermediate_size))
         self.down_proj_bias = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = activation(config)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -304,6 +309,9 @@ class SparseTextModelMixin:
 
     def __init__(self, config):
         super().__init__(config)
+        for layer in self.layers:
+            if hasattr(layer.mlp, "activation_fn"):  # Phi's
+                layer.mlp.activation_fn = activation(config)
         for layer in config.moe_layers:
             dense_mlp = self.layers[layer].mlp
             self.layers[layer].mlp = MoeLlavaSparseMoeBlock(config, self._experts_class, dense_mlp)
