@@ -7,7 +7,7 @@ Activations are scaled by weights, in two ways:
 - `"normalised"`: norms are, and so is all that linear layers, attention, experts and routers take in. Attention's
   scores and the products of gated networks are 4096 times as large.
 
-The second one leaves out `eager` attention in float16, in whose place transformers' text models overflow:
+The second one leaves out `eager` attention of some text models in float16, in which transformers' own overflows:
 `test_eager_attention_of_transformers_overflows`.
 """
 
@@ -39,6 +39,8 @@ HALF = (torch.float16, torch.bfloat16)
 BACKBONES = ("phi", "stablelm", "qwen2", "llama", "mistral")
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 MODELS = ("llava_uhd", "llava_mole", "llava_mole dense", *(f"moe_llava {backbone}" for backbone in BACKBONES))
+# In transformers' eager attention, not in its default, "sdpa"
+OVERFLOW_EAGERLY = ("llava_mole", "llava_mole dense", "moe_llava phi", "moe_llava stablelm")
 # Layers that add to hidden states, and those that start them
 WRITERS = ("out_proj", "fc2", "o_proj", "down_proj", "dense", "pre_layrnorm", "embed_tokens", "output_proj")
 
@@ -115,8 +117,8 @@ def test_activations_are_scaled(name, model, scaled):
     ("what", "attention"), [("stream", "sdpa"), ("stream", "eager"), ("normalised", "sdpa"), ("normalised", "eager")]
 )
 def test_nothing_overflows(name, scaled, what, attention, dtype):
-    if (what, attention, dtype) == ("normalised", "eager", torch.float16):
-        pytest.skip("transformers' text models overflow, see the module's docstring")
+    if (what, attention, dtype) == ("normalised", "eager", torch.float16) and name in OVERFLOW_EAGERLY:
+        pytest.skip("transformers' eager attention overflows, as another test proves")
     with torch.no_grad():
         exact = run(scaled[what], name)
     half = copy.deepcopy(scaled[what]).to(dtype)
@@ -220,26 +222,52 @@ def test_an_expert_that_was_not_chosen_may_overflow(routing):
     assert weights.grad is None or weights.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", OVERFLOW_EAGERLY, scope="function")
 @torch.no_grad()
-def test_eager_attention_of_transformers_overflows():
+def test_eager_attention_of_transformers_overflows(name):
     """It multiplies queries by keys and then scales: https://github.com/huggingface/transformers/pull/33317, closed.
 
     `sdpa`, the default, does not.
     """
-    model = scale(steady_model("llava_mole"), "normalised")
-    products, outputs = [], {}
+    model = scale(build(name), "normalised")
+    states, outputs = [], {}
     for attention in ("sdpa", "eager"):
         half = copy.deepcopy(model).half()
         half.set_attn_implementation(attention)
-        outputs[attention] = run(half, "llava_mole").logits.isfinite().all().item()
-    attention = model.model.language_model.layers[1].self_attn
-    attention.q_proj.register_forward_hook(lambda module, args, output: products.append(output))
-    attention.k_proj.register_forward_hook(lambda module, args, output: products.append(output))
-    run(model, "llava_mole")
-    queries, keys = (states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for states in products)
-    scores = queries @ keys.repeat_interleave(attention.num_key_value_groups, dim=1).transpose(2, 3)
-    assert scores.abs().max() > torch.finfo(torch.float16).max > (scores * attention.scaling).abs().max()
+        outputs[attention] = run(half, name).logits.isfinite().all().item()
     assert outputs == {"sdpa": True, "eager": False}
+
+    attentions = [layer.self_attn for layer in model.model.language_model.layers]
+    for attention in attentions:
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.register_forward_hook(lambda module, args, output: states.append(output))
+    run(model, name)
+    products = []
+    for attention, query, key in zip(attentions, states[::2], states[1::2], strict=True):
+        query, key = (each.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for each in (query, key))
+        products.append(query @ key.repeat_interleave(attention.num_key_value_groups, dim=1).transpose(2, 3))
+    product = torch.stack(products).abs().max()
+    assert product > torch.finfo(torch.float16).max > product * attention.scaling
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@torch.no_grad()
+def test_grey_levels_are_normalised_in_float32(name, model, dtype):
+    half, inputs, seen = copy.deepcopy(model).to(dtype), inputs_of(name), []
+    half.config.image_std = [deviation / SCALE for deviation in half.config.image_std]
+    rows, *shape = inputs["pixel_values"].shape
+    # All rows are equal, as views are reordered.
+    levels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    stats = (half.config.image_mean, half.config.image_std)
+    mean, deviation = (torch.tensor(stat).double()[:, None] for stat in stats)
+    exact = ((levels.view(3, -1) / 255.0 - mean) / deviation).view(shape)
+    half.model.vision_tower.register_forward_pre_hook(lambda tower, args: seen.append(args[0]))
+    inputs["pixel_values"] = levels.expand(rows, *shape)
+    outputs = half(**inputs)
+    (normalised,) = seen
+    assert normalised.dtype == torch.float32 and exact.abs().max() > SCALE
+    torch.testing.assert_close(normalised.double(), exact.expand_as(normalised), atol=1e-4, rtol=1e-5)
+    assert outputs.logits.isfinite().all() and outputs.image_hidden_states.isfinite().all()
 
 
 def test_cached_sampling_weights_are_of_no_mode():
