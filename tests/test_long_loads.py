@@ -31,8 +31,8 @@ from .training.tiny import WORDS, tiny_processor
 
 # `LLAVA_WHOLE=1` asks for the whole number of calls. What an answer leaves behind shows in fewer.
 WHOLE = os.environ.get("LLAVA_WHOLE") == "1"
-NUM_CALLS, WARM_UP, EVERY = (2000, 500, 25) if WHOLE else (240, 80, 5)
-NUM_TRACED = 200 if WHOLE else 60
+NUM_CALLS, WARM_UP, EVERY = (2000, 500, 25) if WHOLE else (400, 150, 10)
+NUM_TRACED = 200 if WHOLE else 120
 NUM_THREADS = 8
 KILOBYTE = 1024
 
