@@ -557,7 +557,7 @@ CONVERTING = {
     "layers in words": (config_of(num_hidden_layers="4"), "has '4' as `num_hidden_layers`"),
     "endless layers": (config_of(num_hidden_layers=10**9), "has 1000000000 as `num_hidden_layers`"),
     "negative layers": (config_of(num_hidden_layers=-1), "has -1 as `num_hidden_layers`"),
-    "more layers than tensors": (config_of(num_hidden_layers=9999), "has 9999 as `num_hidden_layers`"),
+    "more layers than tensors": (config_of(num_hidden_layers=999), "has 999 as `num_hidden_layers`"),
     "endless experts": (
         config_of(moe={"moe_layers_idx": [0, 2], "num_experts": [10**9, 10**9]}),
         "has 1000000000 as `num_experts`",

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightTransform
 
+from ..llava_uhd.configuration_llava_uhd import MAX_SIZES
 from .checking import read_json, settings_files
 from .combining import CheckpointTensors
 from .mapping import ConversionPlan, plan_conversion
@@ -26,7 +27,7 @@ WEIGHT_PATTERNS = ["model*.safetensors", "pytorch_model*.bin", "*.index.json"]
 VISION_TOWER_PATTERNS = [*WEIGHT_PATTERNS, "config.json", "preprocessor_config.json"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Of layers or experts. More are a mistake, or an attack.
-MAX_COUNT = 10_000
+MAX_COUNT = MAX_SIZES["num_hidden_layers"]
 
 
 def check_options(dtype: str | None, push_to_hub: str | None) -> None:

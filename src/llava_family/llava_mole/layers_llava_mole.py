@@ -198,7 +198,9 @@ class MoleExperts(nn.Module):
             ranks = ranks * self.scaling
         else:
             scaled = (weights * self.scaling).to(ranks.dtype).unsqueeze(-1)
-            ranks = (ranks.unflatten(-1, (self.num_experts, self.r)) * scaled).flatten(-2)
+            # Filled, not multiplied away: what overflows in an expert that was not chosen times 0 would be NaN.
+            ranks = ranks.unflatten(-1, (self.num_experts, self.r)).masked_fill(scaled == 0, 0.0)
+            ranks = (ranks * scaled).flatten(-2)
         return (ranks @ self.weight_B.flatten(0, 1)).to(hidden_states.dtype)
 
     def _grouped(self, inputs: torch.Tensor, weights: torch.Tensor, groups: TokenGroups) -> torch.Tensor:

@@ -18,7 +18,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -107,7 +106,7 @@ def check_setting(name: str, value: Any, limit: int = MAX_VIEW_SIDE) -> None:
 
 def check_numbers(name: str, values: Sequence[Any]) -> None:
     """Raises a `ValueError` if not all `values` are finite numbers."""
-    if not all(isinstance(value, Real) and abs(value) <= sys.float_info.max for value in values):
+    if not all(isinstance(value, int | float | np.number) and abs(value) <= sys.float_info.max for value in values):
         raise ValueError(f"{name} must be finite numbers, but is {values!r}.")
 
 

@@ -36,7 +36,12 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.generation import (
+    CandidateGenerator,
+    GenerationMixin,
+    LogitsProcessorList,
+    PromptLookupCandidateGenerator,
+)
 from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -112,7 +117,8 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of `(batch, heads, length, head_dim)` states without a mask: a view attends to itself alone."""
-    attention_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    # Scaled before the product, as in the originals, which float16 would overflow at sooner.
+    attention_weights = torch.matmul(query * scaling, key.transpose(-1, -2))
     attention_weights = nn.functional.softmax(attention_weights, dim=-1, dtype=torch.float32).to(query.dtype)
     attention_weights = nn.functional.dropout(attention_weights, p=dropout, training=module.training)
     attention_output = torch.matmul(attention_weights, value).transpose(1, 2).contiguous()
@@ -528,7 +534,10 @@ def _axis_sampling_weights(box: float, regions: int, bins: int, length: int, dty
 
 
 def sample_regions(maps: torch.Tensor, grid: tuple[int, int], regions: int) -> torch.Tensor:
-    """RoI-aligns `(views, rows * columns, channels)` maps to `(views, regions**2, samples, channels)`, in float32."""
+    """RoI-aligns `(views, rows * columns, channels)` maps to `(views, regions**2, samples, channels)`.
+
+    It computes in float32, under autocast too, as torchvision's kernel does.
+    """
     row_weights, column_weights = region_sampling_weights(grid, regions, maps.dtype)
     views, _, channels = maps.shape
     with maybe_autocast(device_type=maps.device.type, enabled=False):
@@ -738,7 +747,8 @@ def _encode_sorted_views(
 
 def _runs_of_patches(view_grids: list[tuple[int, int]], max_patches: int) -> list[list[tuple[int, int]]]:
     """`view_grids` in runs of at most `max_patches` patches, or one view."""
-    runs, num_patches = [], max_patches
+    runs: list[list[tuple[int, int]]] = []
+    num_patches = max_patches
     for rows, columns in view_grids:
         num_patches += rows * columns
         if num_patches > max_patches:
@@ -910,14 +920,63 @@ class LlavaUhdModel(ImagePlaceholderMixin, LlavaUhdPreTrainedModel):
         )
 
 
+def move_padding_left(tensor: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Rolls every row of a `(batch, length, ...)` tensor, so that what is behind its last token comes before all."""
+    length = attention_mask.shape[1]
+    padding = attention_mask.flip(1).long().argmax(dim=1, keepdim=True)
+    order = (torch.arange(length, device=attention_mask.device) - padding) % length
+    rows = torch.arange(len(tensor), device=tensor.device)[:, None]
+    return tensor[rows, order.to(tensor.device)]
+
+
+class CandidatesOfVocabulary(CandidateGenerator):
+    """Candidates from a prompt whose image placeholders, which no vocabulary has, are hidden from their generator."""
+
+    def __init__(self, generator: CandidateGenerator, image_token_id: int):
+        self.generator, self.image_token_id = generator, image_token_id
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs) -> tuple[torch.LongTensor, torch.Tensor | None]:
+        hidden = input_ids.masked_fill(input_ids == self.image_token_id, 0)
+        candidates, logits = self.generator.get_candidates(hidden, **kwargs)
+        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), logits
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int):
+        self.generator.update_candidate_strategy(input_ids, scores, num_matches)
+
+
 class PlaceholderGenerationMixin(GenerationMixin):
-    """`GenerationMixin` that keeps a placeholder, which is in no vocabulary, away from it."""
+    """`GenerationMixin` for images whose placeholder is in no vocabulary, and for prompts padded on either side."""
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        begins = cache is None or cache.get_seq_length() == 0
+        # What is generated goes behind the last column: padding there would stand between prompt and answer.
+        if begins and mask is not None and mask.shape == inputs.shape[:2] and not mask[:, -1].all():
+            inputs = move_padding_left(inputs, mask)
+            for name in ("input_ids", "inputs_embeds", "position_ids", "attention_mask"):
+                if name in model_kwargs and model_kwargs[name].shape[:2] == mask.shape:
+                    model_kwargs[name] = move_padding_left(model_kwargs[name], mask)
+        return inputs, input_name, model_kwargs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        # transformers never tells an assistant model that it begins, and would withhold the images from it.
+        cache = model_kwargs.get("past_key_values")
+        begins = cache is not None and cache.get_seq_length() == 0
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration or begins)
 
     def _get_logits_processor(self, *args, encoder_input_ids=None, **kwargs) -> LogitsProcessorList:
         # Of the processors that look scores up by prompt token, the encoder's trust it to be in the vocabulary.
         if encoder_input_ids is not None:
             encoder_input_ids = encoder_input_ids.masked_fill(encoder_input_ids == self.config.image_token_id, 0)
         return super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
+
+    def _get_candidate_generator(self, *args, **kwargs) -> CandidateGenerator:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        # It proposes what stands in the prompt, and looks its scores up.
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            generator = CandidatesOfVocabulary(generator, self.config.image_token_id)
+        return generator
 
 
 @auto_docstring(

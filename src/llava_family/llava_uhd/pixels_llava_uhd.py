@@ -17,7 +17,6 @@ PIL, numpy and torch release the interpreter's lock while they work, so plain th
 """
 
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -93,8 +92,8 @@ def open_image(image: Any) -> Any:
             image = file.read()
     if not isinstance(image, bytes | bytearray):
         return image
-    with warnings.catch_warnings(), decoding():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error below
+    with decoding():
+        # PIL may warn of what is refused below. To filter that here would change the filters of other threads.
         opened = Image.open(BytesIO(image))
     refuse_bomb(opened)
     return opened

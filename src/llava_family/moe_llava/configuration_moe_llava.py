@@ -448,7 +448,7 @@ def original_vocabulary_size(folder: str, num_rows: int) -> int:
 
 def _original_vocabulary(folder: str) -> dict[str, int]:
     """Ids of all tokens of a tokenizer with `vocab.json`; empty for others."""
-    vocabulary = {}
+    vocabulary: dict[str, int] = {}
     for name in ("vocab.json", "added_tokens.json"):
         path = _original_file(folder, name)
         vocabulary |= read_json_object(path) if path else {}

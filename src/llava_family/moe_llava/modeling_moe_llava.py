@@ -199,14 +199,20 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], attention_mask: torch.
 
 
 class MoeLlavaRouter(nn.Module):
-    """Scores the experts, always in float32."""
+    """Scores the experts, always in float32, under autocast too."""
 
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_states.float(), self.weight.float())
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return nn.functional.linear(hidden_states.float(), self.weight.float())
+
+
+def activation(config) -> nn.Module:
+    """That of `config.hidden_act`, but `gelu_new` by one kernel: in float16 its formula overflows, in the gradient."""
+    return ACT2FN["gelu_pytorch_tanh" if config.hidden_act == "gelu_new" else config.hidden_act]
 
 
 def _run_experts(experts: nn.Module, hidden_states, top_k_index, top_k_weights, run_expert) -> torch.Tensor:
@@ -230,7 +236,7 @@ class MoeLlavaExperts(nn.Module):
             torch.zeros(config.num_experts, 2 * config.intermediate_size, config.hidden_size)
         )
         self.down_proj = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size, config.intermediate_size))
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = activation(config)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -253,7 +259,7 @@ class MoeLlavaPhiExperts(nn.Module):
         self.up_proj_bias = nn.Parameter(torch.zeros(config.num_experts, config.intermediate_size))
         self.down_proj = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size, config.intermediate_size))
         self.down_proj_bias = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = activation(config)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -292,7 +298,7 @@ class MoeLlavaSparseMoeBlock(nn.Module):
         output = self.experts(tokens, top_k_index, top_k_weights.to(tokens.dtype))
         # CODEPATH: no release has residual experts; the original offers them
         if config.use_residual:
-            shares = self.coefficient(tokens).softmax(dim=-1)
+            shares = self.coefficient(tokens).softmax(dim=-1, dtype=torch.float32).to(tokens.dtype)
             output = output * shares[:, :1] + self.residual_mlp(tokens) * shares[:, 1:]
         return output.reshape(shape)
 
@@ -307,6 +313,9 @@ class SparseTextModelMixin:
 
     def __init__(self, config):
         super().__init__(config)
+        for layer in self.layers:
+            if hasattr(layer.mlp, "activation_fn"):  # Phi's
+                layer.mlp.activation_fn = activation(config)
         for layer in config.moe_layers:
             dense_mlp = self.layers[layer].mlp
             self.layers[layer].mlp = MoeLlavaSparseMoeBlock(config, self._experts_class, dense_mlp)
