@@ -90,13 +90,12 @@ def package_caches():
 
 def test_caches_are_bounded():
     caches = package_caches()
-    assert set(caches) == {"region_sampling_weights"}
-    for cache in caches.values():
-        assert cache.cache_parameters()["maxsize"] is not None
-    size = region_sampling_weights.cache_info().maxsize
-    for columns in range(1, size + 50):
-        region_sampling_weights((1, columns), 2, torch.float32)
-    assert region_sampling_weights.cache_info().currsize == size
+    assert set(caches) == {"region_sampling_weights", "shares_beyond_map"}
+    for cache in caches.values():  # both by a view's grid
+        size = cache.cache_parameters()["maxsize"]
+        for columns in range(1, size + 50):
+            cache((1, columns), 2, torch.float32)
+        assert cache.cache_info().currsize == size
 
 
 @pytest.fixture

@@ -106,7 +106,8 @@ def check_setting(name: str, value: Any, limit: int = MAX_VIEW_SIDE) -> None:
 
 def check_numbers(name: str, values: Sequence[Any]) -> None:
     """Raises a `ValueError` if not all `values` are finite numbers."""
-    if not all(isinstance(value, int | float | np.number) and abs(value) <= sys.float_info.max for value in values):
+    limit = sys.float_info.max
+    if not all(isinstance(value, int | float | np.floating) and -limit <= value <= limit for value in values):
         raise ValueError(f"{name} must be finite numbers, but is {values!r}.")
 
 
