@@ -23,7 +23,6 @@ from transformers import pipeline
 
 import llava_family
 from llava_family import LlavaUhdImageProcessorPil
-from llava_family.llava_uhd.modeling_llava_uhd import region_sampling_weights
 
 from .families import FAMILIES, steady_model
 from .training.tiny import WORDS, tiny_processor
@@ -78,6 +77,7 @@ def median_slope(xs, ys):
     return slopes[len(slopes) // 2]
 
 
+@functools.cache
 def package_caches():
     """Every `lru_cache` of the package by its name."""
     found = {}
@@ -86,6 +86,11 @@ def package_caches():
             if isinstance(value, functools._lru_cache_wrapper) and value.__module__ == module.name:
                 found[name] = value
     return found
+
+
+def clear_caches():
+    for cache in package_caches().values():
+        cache.cache_clear()
 
 
 def test_caches_are_bounded():
@@ -101,7 +106,7 @@ def test_caches_are_bounded():
 @pytest.fixture
 def few_objects():
     """Only what is made from here on is looked through for garbage, which takes milliseconds instead of a second."""
-    region_sampling_weights.cache_clear()
+    clear_caches()
     gc.collect()
     gc.freeze()
     yield
@@ -128,8 +133,8 @@ def test_memory_is_flat(ask, few_objects):
         if number >= WARM_UP and number % EVERY == 0:
             calls.append(number)
             resident.append(resident_bytes())
-            # Not those of the cache: two for each entry, and the tensors that these are views of
-            tensors.append(num_tensors() - 4 * region_sampling_weights.cache_info().currsize)
+            clear_caches()
+            tensors.append(num_tensors())
     print(f"{median_slope(calls, resident):.0f} bytes per call, {resident[-1] - resident[0]} in all")
     assert median_slope(calls, resident) < KILOBYTE
     assert len(set(tensors)) == 1
@@ -168,7 +173,7 @@ def test_threads_give_the_answers_of_one(ask, busy_threads):
     assert len(set(expected)) > len(questions) // 2
     # The first calls of all threads at once are those that install hooks and fill caches.
     fresh = pipeline("image-text-to-text", model=steady_model(ask.model.config.model_type), processor=ask.processor)
-    region_sampling_weights.cache_clear()
+    clear_caches()
     assert list(busy_threads.map(lambda question: answer(fresh, question, max_new_tokens=4), questions)) == expected
 
 
