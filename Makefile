@@ -16,6 +16,7 @@ test: .venv/.installed .venv/.quantise
 
 # Also what CI has no time for, but for mutation testing
 test-all: export RUN_SLOW := 1
+test-all: export LLAVA_WHOLE := 1
 test-all: lint test-transformers coverage
 
 check: lint
@@ -29,7 +30,7 @@ lint: .venv/.installed
 
 # All cases of what `make test` runs a tenth of, with their numbers; several minutes.
 fuzz: .venv/.installed
-	LLAVA_FAMILY_FUZZ_STRIDE=1 OMP_NUM_THREADS=1 $(PYTEST) -rP tests/fuzz
+	LLAVA_WHOLE=1 OMP_NUM_THREADS=1 $(PYTEST) -rP tests/fuzz
 
 # transformers' own shared tests on our models; fetches transformers' source distribution from PyPI the first time.
 test-transformers: .venv/.installed

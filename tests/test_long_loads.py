@@ -126,6 +126,7 @@ def mixed_conversations(num):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.timeout(1800)  # of all calls
 def test_memory_is_flat(ask, few_objects):
     calls, resident, tensors = [], [], []
     for number, messages in enumerate(mixed_conversations(NUM_CALLS), start=1):
