@@ -115,6 +115,7 @@ def test_only_the_code_that_a_model_needs(repositories):
             "configuration",
             "image_processing",
             "image_processing_pil",
+            "loading",
             "modeling",
             "pixels",
             "processing",
