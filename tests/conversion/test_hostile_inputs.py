@@ -265,6 +265,7 @@ READING = {
     "without values": (pickled(lambda f: torch.empty(2, device="meta")), DENSE),
     "subclass": (pickled(lambda f: WEIGHT.as_subclass(Subclass)), RUNS_CODE),
     "lazy conjugate": (pickled(conjugate), DENSE),
+    "lazy negative": (pickled(lambda f: conjugate(f).imag), DENSE),
     "expanded to a terabyte": (pickled(lambda f: torch.zeros(1).expand(2**38)), f"{DENSE} expanded: it has 1,099,"),
     # Archives
     "zip bomb": (rewritten_archive(zip_bomb), "is compressed, which torch never does"),

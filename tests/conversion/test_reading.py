@@ -269,3 +269,12 @@ def test_resolve_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "snapshot_download", offline)
     with pytest.raises(ValueError, match="'owner/name' is not a folder, .* no connection. Check the name"):
         resolve_checkpoint("owner/name", ["*.json"])
+
+
+def test_a_header_may_fill_its_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert shards.SafetensorsShard(path).infos() == {}
+    path.write_bytes((3).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="should have 3 bytes, but 2 follow"):
+        shards.SafetensorsShard(path)
