@@ -4,6 +4,7 @@ import io
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import skimage
 from PIL import Image
 
@@ -67,18 +68,15 @@ ENCODINGS = (
 
 
 def _encode(image, format, mode, options):
-    image = Image.fromarray(_levels_of_16_bits(image)) if mode == "I;16" else image.convert(mode)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
     if options.get("save_all"):
         options = options | {"append_images": [image.rotate(180)]}
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
-
-
-def _levels_of_16_bits(image):
-    import numpy as np
-
-    return np.asarray(image.convert("L")).astype(np.uint16) * 257
 
 
 @cache

@@ -25,7 +25,8 @@ from transformers.processing_utils import MultiModalData
 from transformers.utils import auto_docstring
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_START
 
-from ..llava_uhd.processing_llava_uhd import CHAT_TEMPLATE, LlavaUhdProcessor, check_num_tokens
+from ..llava_uhd.image_processing_pil_llava_uhd import check_setting
+from ..llava_uhd.processing_llava_uhd import CHAT_TEMPLATE, MAX_VIEW_TOKENS, LlavaUhdProcessor
 
 
 PromptStyle = Literal["original", "v1"]
@@ -102,7 +103,7 @@ class LlavaMoleProcessor(LlavaUhdProcessor):
         """
         if not isinstance(prompt_style, str) or prompt_style not in CHAT_TEMPLATES:
             raise ValueError(f'`prompt_style` must be "original" or "v1", but is {prompt_style!r}.')
-        check_num_tokens("num_image_tokens", num_image_tokens)
+        check_setting("`num_image_tokens`", num_image_tokens, MAX_VIEW_TOKENS)
         self.num_image_tokens = num_image_tokens
         self.prompt_style = prompt_style
         if prompt_style == "original":

@@ -35,7 +35,14 @@ from .image_processing_pil_llava_uhd import (
     _common_channels,
     check_setting,
 )
-from .pixels_llava_uhd import PreparedImage, map_in_threads, resize_image, to_torch_source, write_pixels
+from .pixels_llava_uhd import (
+    PreparedImage,
+    map_in_threads,
+    resize_image,
+    resizes_columns_first,
+    to_torch_source,
+    write_pixels,
+)
 
 
 VisionEncoding = Literal["square", "slices"]
@@ -188,8 +195,8 @@ def pad_for_resize(
         resample (`int`): One of `FILTER_REACHES`.
         resize (`Callable`): Resizes an image to a `(width, height)` by this filter.
     """
-    side, (width, height) = max(image.size), size
-    columns_first = 0 < side - height > 2 * (side - width)  # in Pillow 13, see `resize_image`
+    side, width = max(image.size), size[0]
+    columns_first = resizes_columns_first((side, side), size)
     if image.width == side and not columns_first:
         return pad_to(resize(image, (width, image.height)), (width, side), color)
     if side <= MAX_SQUARE_SIDE or columns_first:

@@ -210,13 +210,14 @@ class LlavaUhdPositionEmbedding(nn.Embedding):
     """CLIP's position table, of any patch grid."""
 
     def forward(self, grid: tuple[int, int]) -> torch.Tensor:  # type: ignore[override]  # looked up by grid, not by id
-        """Positions of the class embedding and of a `(rows, columns)` grid; resized in the table's own dtype."""
+        """Positions of the class embedding and of a `(rows, columns)` grid, `(1 + rows * columns, hidden_size)`.
+
+        They are resized in the table's own dtype.
+        """
         side = math.isqrt(self.num_embeddings - 1)
         if grid == (side, side):
             return self.weight
-        return torch.cat(
-            [self.weight[:1], resize_positions(self.weight[1:], grid)]
-        )  # (1 + rows * columns, hidden_size)
+        return torch.cat([self.weight[:1], resize_positions(self.weight[1:], grid)])
 
 
 class LlavaUhdVisionEmbeddings(nn.Module):

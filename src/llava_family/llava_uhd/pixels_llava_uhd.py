@@ -172,6 +172,12 @@ def draft_jpeg(image: JpegImageFile, size: tuple[int, int]) -> Image.Image:
     return draft
 
 
+def resizes_columns_first(old_size: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether PIL resizes a `(width, height)` along its columns before its rows; before Pillow 13 it never did."""
+    (old_width, old_height), (width, height) = old_size, size
+    return PILLOW_VERSION >= 13 and 0 < old_height - height > 2 * (old_width - width)
+
+
 def resize_image(
     image: Image.Image | np.ndarray, size: tuple[int, int], resample: int | None
 ) -> Image.Image | np.ndarray:
@@ -189,7 +195,7 @@ def resize_image(
     tensor = torch.from_numpy(image).reshape(1, old_height, old_width, -1).permute(0, 3, 1, 2)  # channels last: fast
     sizes = [(height, width)]
     # In between, values are rounded and clamped to 8 bits. torch resizes horizontally first, as Pillow before 13 did.
-    if PILLOW_VERSION >= 13 and 0 < old_height - height > 2 * (old_width - width):
+    if resizes_columns_first((old_width, old_height), size):
         sizes.insert(0, (height, old_width))
     for new_size in sizes:
         if tensor.shape[2:] != new_size:
@@ -277,6 +283,7 @@ __all__ = [
     "open_image",
     "refuse_bomb",
     "resize_image",
+    "resizes_columns_first",
     "to_torch_source",
     "upright",
     "upright_size",

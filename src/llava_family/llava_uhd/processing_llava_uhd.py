@@ -22,7 +22,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import auto_docstring
 
 from .configuration_llava_uhd import is_original_config
-from .image_processing_pil_llava_uhd import LlavaUhdImageProcessorPil
+from .image_processing_pil_llava_uhd import LlavaUhdImageProcessorPil, check_setting
 from .loading_llava_uhd import loading
 
 
@@ -66,12 +66,6 @@ helpful, detailed, and polite answers to the user's questions." -%}
 MAX_VIEW_TOKENS = 2**14
 
 
-def check_num_tokens(name: str, value: int) -> None:
-    """Raises a `ValueError` if `value` is no number of features of one view."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_VIEW_TOKENS:
-        raise ValueError(f"`{name}` must be an integer of 1..{MAX_VIEW_TOKENS}, but is {value!r}.")
-
-
 @auto_docstring
 class LlavaUhdProcessor(ProcessorMixin):
     def __init__(
@@ -89,7 +83,7 @@ class LlavaUhdProcessor(ProcessorMixin):
         image_token (`str`, *optional*, defaults to `"<image>"`):
             Placeholder of an image in a prompt. It is added to a tokenizer that does not have it.
         """
-        check_num_tokens("num_queries", num_queries)
+        check_setting("`num_queries`", num_queries, MAX_VIEW_TOKENS)
         if not isinstance(image_token, str) or not image_token:
             raise ValueError(f"`image_token` must be a text that is not empty, but is {image_token!r}.")
         if tokenizer is not None and image_token not in tokenizer.get_vocab():

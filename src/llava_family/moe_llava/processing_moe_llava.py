@@ -23,8 +23,9 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.processing_utils import MultiModalData
 from transformers.utils import auto_docstring
 
+from ..llava_uhd.image_processing_pil_llava_uhd import check_setting
 from ..llava_uhd.loading_llava_uhd import read_json_object
-from ..llava_uhd.processing_llava_uhd import CHAT_TEMPLATE, LlavaUhdProcessor, check_num_tokens
+from ..llava_uhd.processing_llava_uhd import CHAT_TEMPLATE, MAX_VIEW_TOKENS, LlavaUhdProcessor
 from .configuration_moe_llava import is_original_config, translate_original_config
 from .image_processing_pil_moe_llava import MoeLlavaImageProcessorPil
 from .tokenization_moe_llava import HUB_ARGUMENTS, load_original_tokenizer
@@ -78,7 +79,7 @@ class MoeLlavaProcessor(LlavaUhdProcessor):
         image_token (`str`, *optional*, defaults to `"<image>"`):
             Placeholder of an image in a prompt. It is added to a tokenizer that does not have it.
         """
-        check_num_tokens("num_image_tokens", num_image_tokens)
+        check_setting("`num_image_tokens`", num_image_tokens, MAX_VIEW_TOKENS)
         self.num_image_tokens = num_image_tokens
         super().__init__(
             image_processor,
