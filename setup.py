@@ -25,6 +25,11 @@ class BuildWithExportedFiles(build_py):
 
 
 PLOT = ["matplotlib>=3.8"]
+DEMO = [*PLOT, "gradio>=6.20"]
+# The documentation site, `make docs`
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"]
+# Run the notebooks of `examples` and the demo's page
+NOTEBOOKS, BROWSER = ["ipykernel", "nbclient", "nbformat"], ["playwright"]
 TRAIN = ["accelerate>=1.1", "peft>=0.21"]
 # Of examples/training/trl_sft.py, and for data that is a `datasets.Dataset`
 TRL = ["datasets>=4.7", "trl>=1.16"]
@@ -70,6 +75,8 @@ setup(
     extras_require={
         "vision": ["torchvision"],
         "flash-attn": ["flash-attn>=2.6"],
+        "demo": DEMO,
+        "docs": DOCS,
         "plot": PLOT,
         "quantise": ["torchao>=0.18,<0.19"],
         "serving": SERVING,
@@ -77,7 +84,10 @@ setup(
         "trl": [*TRAIN, *TRL],
         "mutate": ["cosmic-ray>=8.4"],
         "dev": [
-            *PLOT,
+            *BROWSER,
+            *DEMO,
+            *DOCS,
+            *NOTEBOOKS,
             *SERVING,
             *TRAIN,
             *TRL,
