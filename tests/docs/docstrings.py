@@ -117,12 +117,11 @@ def _split_entry(block: str) -> tuple[list[str], str, str]:
     if not opened or not re.fullmatch(r"[\w*, ]+ ", names):
         names, _, text = block.partition(":")
         return [name.strip("* ") for name in names.split(",")], "", text.strip()
-    depth = 1
-    for index, character in enumerate(rest):
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if depth == 0:
-            break
-    return [name.strip("* ") for name in names.split(",")], rest[:index], rest[index + 1 :].lstrip(":. ")
+    depth, end = 1, 0
+    while depth and end < len(rest):
+        depth += {"(": 1, ")": -1}.get(rest[end], 0)
+        end += 1
+    return [name.strip("* ") for name in names.split(",")], rest[: end - 1], rest[end:].lstrip(":. ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,19 +253,16 @@ def parameters_of(item: Item) -> dict[str, str]:
     """Name and annotation, as text, of what must be described."""
     if item.kind != "class":
         return _parameters(item.node)
-    cls, parameters = item.value, {}
-    for base in reversed(cls.__mro__):
-        node = class_node(base) if base.__module__.startswith(item.module.__name__.split(".")[0]) else None
-        if node is None:
-            continue
-        if _has_fields(base) or _has_fields(cls):
-            parameters |= _fields(node)
-        for child in node.body:
+    cls, package = item.value, item.module.__name__.partition(".")[0]
+    own = [base for base in cls.__mro__ if base.__module__.startswith(package) and class_node(base) is not None]
+    if _has_fields(cls):
+        return {name: text for base in reversed(own) for name, text in _fields(class_node(base)).items()}
+    for base in own:
+        for child in class_node(base).body:
             if isinstance(child, ast.FunctionDef) and child.name == "__init__":
-                if any(argument.arg == "kwargs" for argument in [child.args.kwarg] if argument):
-                    parameters |= _keywords(sys.modules[base.__module__], child.args.kwarg)
-                parameters = parameters | _parameters(child) if not _forwards(child) else parameters
-    return parameters
+                keywords = _keywords(sys.modules[base.__module__], child.args.kwarg) if child.args.kwarg else {}
+                return keywords | _parameters(child)
+    return {}
 
 
 def _has_fields(cls: type) -> bool:
@@ -283,11 +279,6 @@ def _fields(node: ast.ClassDef) -> dict[str, str]:
     return fields
 
 
-def _forwards(node: ast.FunctionDef) -> bool:
-    """Whether a constructor has no parameter of its own."""
-    return len(node.args.args) == 1 and not node.args.kwonlyargs
-
-
 def _keywords(module: types.ModuleType, kwarg: ast.arg) -> dict[str, str]:
     """Fields of the package's own TypedDict in `**kwargs: Unpack[...]`."""
     match = re.fullmatch(r"Unpack\[(\w+)\]", ast.unparse(kwarg.annotation) if kwarg.annotation else "")
@@ -295,8 +286,8 @@ def _keywords(module: types.ModuleType, kwarg: ast.arg) -> dict[str, str]:
         return {}
     typed_dict = getattr(module, match[1])
     fields: dict[str, str] = {}
-    for base in [typed_dict, *getattr(typed_dict, "__orig_bases__", ())]:
-        if getattr(base, "__module__", "").startswith(PACKAGE) and inspect.isclass(base):
+    for base in (typed_dict, *getattr(typed_dict, "__orig_bases__", ())):
+        if inspect.isclass(base) and base.__module__.startswith(module.__name__.partition(".")[0]):
             fields |= _fields(class_node(base))
     return fields
 
@@ -404,7 +395,7 @@ def check(item: Item, described: dict[str, Entry] | None = None) -> tuple[list[s
         found = SOURCE.search(docstring.text) or SOURCE.search(inspect.cleandoc(item.module.__doc__ or ""))
         text = found["text"] if found else ""
         known = bool(KNOWN_SOURCE.search(text))
-        expect("sources", known, "has no `Source: ...`, in its docstring or in its module's (paper's section, original "
+        expect("sources", known, "has no `Source: ...`, in its docstring or its module's (paper's section, original "
                "code, counterpart in a library, or `no counterpart` and why).")  # fmt: skip
     if item.kind == "override":
         return findings, counts

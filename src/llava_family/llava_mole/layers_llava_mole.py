@@ -134,7 +134,7 @@ def balance_loss(
 
 
 class MoleRouter(nn.Linear):
-    """Scores the experts of one layer, in float32, under autocast too: `(..., in_features)` to `(..., num_experts)`."""
+    """Scores the experts of one layer in float32, under autocast too: `(..., in_features)` to `(..., num_experts)`."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Scores the experts for every token.
