@@ -424,7 +424,7 @@ def _check_parameter(name: str, annotation: str, entry: Entry | None, expect) ->
     expect("types", "`" in entry.type, f"`{name}` has no type in backticks: `{name} (`type`): text`.")
     expect("descriptions", len(entry.text.split()) >= 2, f"`{name}` has a type, but no description.")
     is_standard = " ".join(entry.text.split()) in standard_texts()
-    if TENSOR.search(annotation) or TENSOR.search(entry.type):
+    if TENSOR.search(f"{annotation} {entry.type}") and "Callable" not in annotation:
         expect("shapes", is_standard or bool(SHAPE.search(entry.all)), f"`{name}` has no shape: of shape `(...)`.")
         expect("dtypes", is_standard or bool(DTYPE.search(entry.all)), f"`{name}` has no dtype.")
     if MEASURE.search(name) and name not in NO_MEASURE and NUMBER.search(f"{annotation} {entry.type}"):
@@ -456,13 +456,16 @@ def _check_returned(item: Item, docstring: Docstring, expect) -> None:
 
 
 def _is_commented(item: Item) -> bool:
-    name = item.name.rpartition(".")[2]
-    lines = inspect.getsource(item.module).splitlines()
+    """Whether a constant has a comment above it or a string below it, where it is assigned."""
+    name, module = item.name.rpartition(".")[2], item.module
+    lines = inspect.getsource(module).splitlines()
     body = ast.parse("\n".join(lines)).body
-    for index, node in enumerate(body):
+    for node, below in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
+            place = importlib.import_module("." * node.level + (node.module or ""), module.__package__)
+            return _is_commented(dataclasses.replace(item, module=place))
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(name in ast.unparse(target) for target in targets if target is not None):
-            below = body[index + 1] if index + 1 < len(body) else None
+        if name in [ast.unparse(target) for target in targets if target is not None]:
             is_string = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
             return is_string or lines[node.lineno - 2].startswith("#")
     return False

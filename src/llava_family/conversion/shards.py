@@ -1,4 +1,7 @@
-"""Opens one file of weights, safetensors or a torch pickle, and trusts nothing that it says about itself."""
+"""Opens one file of weights, safetensors or a torch pickle, and trusts nothing that it says about itself.
+
+Source: `safe_open` of safetensors, and `torch.load` with `weights_only`, both with stricter checks.
+"""
 
 import math
 import os
@@ -22,17 +25,24 @@ MAX_PICKLE_BYTES = 50_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without its values."""
+    """What is known of a tensor without its values.
+
+    Attributes:
+        shape (`tuple[int, ...]`): Its shape.
+        dtype (`torch.dtype`): Its dtype.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_parameters(self) -> int:
+        """Values that the tensor has."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all values."""
         return self.num_parameters * self.dtype.itemsize
 
 

@@ -5,6 +5,8 @@ Design choices:
 - A file has its name only when all of it is on the disk: it is written under a temporary name, synced and renamed.
 - Written here rather than by `safetensors.torch.save_file`, which wants all tensors of a file at once, in memory of
   their own. The files are those that it would write, to the last byte.
+
+Source: the format of safetensors, and the names of transformers' `save_pretrained`.
 """
 
 import json
@@ -65,7 +67,17 @@ class Shard:
 
 
 def check_output_folder(output: str | os.PathLike) -> Path:
-    """The absolute path of a folder that can be created; ValueError if it exists already and is not empty."""
+    """Checks that a folder can be created.
+
+    Args:
+        output (`str` or `os.PathLike`): The folder, new or empty.
+
+    Returns:
+        `Path`: Its absolute path.
+
+    Raises:
+        ValueError: if it is a file, or not empty.
+    """
     path = Path(output).resolve()
     if path.exists() and not path.is_dir():
         raise ValueError(f"The output must be a new folder, but {path} is a file. Choose another name.")
@@ -88,6 +100,12 @@ def atomic_folder(output: str | os.PathLike) -> Iterator[Path]:
     """A folder to write to, `.<name>.incomplete-...` beside `output`, that is renamed to `output` at the end.
 
     Any exception, also a keyboard interrupt, removes it. Parents of `output` are created and stay.
+
+    Args:
+        output (`str` or `os.PathLike`): The folder, new or empty.
+
+    Yields:
+        `Path`: The folder to write to.
 
     Raises:
         ValueError: if `output` exists already and is not empty.
