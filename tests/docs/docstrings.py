@@ -1,8 +1,8 @@
 """Counts what the docstrings of the public objects say, and finds what they leave out.
 
 Public is what a module's `__all__` names. In a module without one it is every class and function without an underscore
-that is defined there, as for `from module import *`; but where its package has an `__all__`, that one decides. Of a
-public class, public are the methods and properties that classes of this package define, inherited ones included.
+that is defined there, as for `from module import *`. Of a public class, public are the methods and properties that
+classes of this package define, inherited ones included.
 An override is documented where it comes from, in transformers, torch or PEFT, if that has a docstring and the override
 has no parameter of its own; what it raises itself must still be said here.
 
@@ -160,9 +160,6 @@ def public_items(package: types.ModuleType) -> list[Item]:
 def public_names(module: types.ModuleType) -> list[str]:
     if hasattr(module, "__all__"):
         return [name for name in module.__all__ if not name.startswith("__")]
-    parent = sys.modules.get(module.__name__.rpartition(".")[0])
-    if parent is not None and parent.__name__ != PACKAGE and hasattr(parent, "__all__"):
-        return []
     return [
         name
         for name, value in vars(module).items()

@@ -169,11 +169,19 @@ def test_a_complete_module_has_no_findings(tmp_path):
         ("        size (`Size`): Of the image.\n        width", "        width", "resize: `size` is not described"),
         ("width (`int`): The new", "width (int): The new", "resize: `width` has no type in backticks"),
         ("width (`int`): The new", "width: The new", "resize: `width` has no type in backticks"),
-        ("size (`Size`): Of the image.\n        width", "size (`Size`).\n        width", "resize: `size` has a type, but no"),
+        (
+            "size (`Size`): Of the image.\n        width",
+            "size (`Size`).\n        width",
+            "resize: `size` has a type, but no",
+        ),
         ("The new one in pixels.", "The new one.", "resize: `width` has no unit"),
         ("(`torch.BoolTensor` of shape `(height, width)`,", "(`torch.BoolTensor`,", "resize: `mask` has no shape"),
         ("(`torch.BoolTensor` of shape", "(`torch.Tensor` of shape", "resize: `mask` has no dtype"),
-        ("        `Size`: The new one.\n\n    Raises", "        The new one.\n\n    Raises", "resize: returns something"),
+        (
+            "        `Size`: The new one.\n\n    Raises",
+            "        The new one.\n\n    Raises",
+            "resize: returns something",
+        ),
         ("    Returns:\n        `Size`: The new one.\n\n    Raises", "    Raises", "resize: returns something"),
         ("        KeyError: if there is none.\n", "", "resize: raises KeyError"),
         ("        ValueError: if it is too large.\n", "", "resize: raises ValueError"),
@@ -182,19 +190,39 @@ def test_a_complete_module_has_no_findings(tmp_path):
         ("Source: PIL's", "Source: somebody's", "Scale: has no `Source: ...`"),
         ("    Raises:\n        ValueError: if it is not positive.\n", "", "Scale: raises ValueError"),
         ("    Args:\n        factor (`float`): By how much.\n", "", "Scale: `factor` is not described"),
-        ("            `torch.FloatTensor` of shape `(batch_size, length)`.", "            `torch.FloatTensor`: It.", "Scale.forward: returns a tensor or array, but no shape"),
-        ("            `torch.FloatTensor` of shape `(batch_size, length)`.", "            `torch.Tensor` of shape `(batch_size, length)`.", "Scale.forward: returns a tensor or array, but no dtype"),
-        ('    def extra_repr(self) -> str:\n        return ""', "    def extra_repr(self) -> str:\n        raise ValueError", "Scale.extra_repr: raises ValueError"),
+        (
+            "            `torch.FloatTensor` of shape `(batch_size, length)`.",
+            "            `torch.FloatTensor`: It.",
+            "Scale.forward: returns a tensor or array, but no shape",
+        ),
+        (
+            "            `torch.FloatTensor` of shape `(batch_size, length)`.",
+            "            `torch.Tensor` of shape `(batch_size, length)`.",
+            "Scale.forward: returns a tensor or array, but no dtype",
+        ),
+        (
+            '    def extra_repr(self) -> str:\n        return ""',
+            "    def extra_repr(self) -> str:\n        raise ValueError",
+            "Scale.extra_repr: raises ValueError",
+        ),
         ("def extra_repr(self)", "def extra_repr(self, own)", "Scale.extra_repr: has no summary"),
         ("width (`int`): In pixels.", "width (`int`): Of it, all.", "Size: `width` has no unit"),
-        ("(`torch.FloatTensor` of shape `(height, width)`): Grey", "(`torch.FloatTensor`): Grey", "Size: `pixels` has no shape"),
+        (
+            "(`torch.FloatTensor` of shape `(height, width)`): Grey",
+            "(`torch.FloatTensor`): Grey",
+            "Size: `pixels` has no shape",
+        ),
         ("The longer side in pixels.", "The longer side.", "Size.side: returns a measure, but no unit"),
         ("# Largest side\n", "\n", "LIMIT: a constant needs a comment"),
         ("Whether an image is small.", "Smallness of an image.", "is_small: returns something"),
         ("its arguments are as in [`resize`]", "see [`resize`]", "shrink: `size` is not described"),
-        ('__all__ = ["LIMIT", "Scale", "Size", "is_small", "resize", "shrink"]', "def extra():\n    pass", "extra: has no summary"),
+        (
+            '__all__ = ["LIMIT", "Scale", "Size", "is_small", "resize", "shrink"]',
+            "def extra():\n    pass",
+            "extra: has no summary",
+        ),
     ],
-)  # fmt: skip
+)
 def test_every_rule_can_fail(old, new, finding, tmp_path):
     assert old in COMPLETE
     findings, _ = check_source(COMPLETE.replace(old, new), tmp_path)

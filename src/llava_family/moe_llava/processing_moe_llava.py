@@ -64,8 +64,8 @@ def chat_template(end_of_turn: str) -> str:
 
     Source: the original code's prompts; transformers' `LlavaProcessor`.
 
-    Raises a `ValueError` if a number or `image_token` is impossible, or the tokenizer does not tell how an answer
-    ends.
+    Raises a `ValueError` if a number or `image_token` is impossible, or the tokenizer does not tell how an answer ends
+    or does not encode the separators of slices as one token each.
     """
 )
 class MoeLlavaProcessor(LlavaUhdProcessor):
