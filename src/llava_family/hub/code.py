@@ -88,7 +88,7 @@ def repository_code(config: PreTrainedConfig) -> dict[str, str]:
         `dict[str, str]`: Source by file name.
 
     Raises:
-        ValueError: if its text model is of another kind than the code supports.
+        ValueError: if it is of no family, or the code cannot be flattened.
     """
     family = family_of(config)
     text_family, text_part = _text_part(config, family)
