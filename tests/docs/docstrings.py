@@ -139,8 +139,7 @@ class Item:
 
     @property
     def docstring(self) -> Docstring:
-        value = self.value.fget if isinstance(self.value, property) else self.value
-        return Docstring(getattr(value, "__doc__", None))
+        return Docstring(getattr(self.value, "__doc__", None))
 
 
 def public_items(package: types.ModuleType) -> list[Item]:
@@ -149,7 +148,7 @@ def public_items(package: types.ModuleType) -> list[Item]:
     for module in modules_of(package):
         for name in public_names(module):
             value = getattr(module, name)
-            place = inspect.getmodule(value) if inspect.isclass(value) or inspect.isfunction(value) else module
+            place = inspect.getmodule(value) if inspect.isclass(value) or is_function(value) else module
             if place is None or not place.__name__.startswith(package.__name__):
                 place = module
             for item in _items_of(f"{place.__name__}.{name}", place, value, package.__name__):
@@ -175,15 +174,20 @@ def public_names(module: types.ModuleType) -> list[str]:
         name
         for name, value in vars(module).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
-        if inspect.isclass(value) or inspect.isfunction(value)
+        if inspect.isclass(value) or is_function(value)
     ]
+
+
+def is_function(value: object) -> bool:
+    """Whether a value is a function, or a decorated one."""
+    return callable(value) and not inspect.isclass(value) and inspect.isfunction(inspect.unwrap(value))
 
 
 def _items_of(name: str, module: types.ModuleType, value: object, package: str) -> Iterator[Item]:
     if inspect.isclass(value) and value.__module__.startswith(package):
         yield Item(name, "class", module, value, class_node(value))
         yield from _members(value, package)
-    elif inspect.isfunction(inspect.unwrap(value)) if callable(value) else False:
+    elif is_function(value):
         yield Item(name, "function", module, value, source_nodes(module).get(value.__qualname__))
     elif not inspect.isclass(value):
         yield Item(name, "constant", module, value, None)
@@ -194,24 +198,27 @@ def _members(cls: type, package: str) -> Iterator[Item]:
         if not base.__module__.startswith(package):
             continue
         for name, value in vars(base).items():
-            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-            if name.startswith("_") or not inspect.isfunction(inspect.unwrap(function) if callable(function) else 0):
+            function = underlying(value)
+            if name.startswith("_") or not is_function(function):
                 continue
             if function.__module__ != base.__module__ and not hasattr(function, "__wrapped__"):
                 continue  # made by a decorator of the class, such as `strict`
             node = source_nodes(sys.modules[base.__module__]).get(f"{base.__qualname__}.{name}")
             if node is None:
                 continue
-            kind = "property" if isinstance(value, property) else "method"
+            kind = "property" if isinstance(value, (property, cached_property)) else "method"
             others = [vars(other).get(name) for other in cls.__mro__[index + 1 :] if _is_foreign(other, package)]
             if is_documented_there(function, [other for other in others if other is not None]):
                 kind = "override"
-            owner = class_node(base)
             place = sys.modules[base.__module__]
-            yield Item(
-                f"{base.__module__}.{base.__qualname__}.{name}", kind, place, value if kind != "method" else function,
-                node, owner,
-            )  # fmt: skip
+            yield Item(f"{base.__module__}.{base.__qualname__}.{name}", kind, place, function, node, class_node(base))
+
+
+def underlying(member: object) -> object:
+    """The function of a property, of a class method or of a static one."""
+    if isinstance(member, property):
+        return member.fget
+    return getattr(member, "func" if isinstance(member, cached_property) else "__func__", member)
 
 
 def _is_foreign(cls: type, package: str) -> bool:
@@ -222,7 +229,7 @@ def is_documented_there(function: object, others: list[object]) -> bool:
     """Whether the method that this one overrides is documented, and has all of its parameters."""
     if not others:
         return False
-    base = others[0].fget if isinstance(others[0], property) else getattr(others[0], "__func__", others[0])
+    base = underlying(others[0])
     if not callable(base) or not getattr(base, "__doc__", None):
         return not callable(base)  # a class attribute, such as `model_input_names`, that is a property here
     return named_parameters(function) <= named_parameters(base)
@@ -241,7 +248,7 @@ def source_nodes(module: types.ModuleType) -> dict[str, ast.AST]:
 
     def visit(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
-            if isinstance(child, (ast.ClassDef, ast.FunctionDef)):
+            if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 # A setter has its property's name.
                 nodes.setdefault(f"{prefix}{child.name}", child)
                 if isinstance(child, ast.ClassDef):
@@ -301,7 +308,7 @@ def _keywords(module: types.ModuleType, kwarg: ast.arg) -> dict[str, str]:
 
 
 def _parameters(node: ast.AST | None) -> dict[str, str]:
-    if not isinstance(node, ast.FunctionDef):
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return {}
     arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
     return {
