@@ -3,6 +3,8 @@
 `.register` wants classes, and importing them costs seconds. So `import llava_family` only puts a note into the Auto
 mappings: the first time that one of them is read, all families are imported and registered. transformers itself has no
 plugin discovery.
+
+Source: `register` of transformers' Auto classes.
 """
 
 import importlib.abc
@@ -30,7 +32,15 @@ AUTO_MAPPINGS = {
 
 @dataclass(frozen=True)
 class Family:
-    """Names of the classes of one family, without the prefix that all of them have."""
+    """Names of the classes of one family, without the prefix that all of them have.
+
+    Attributes:
+        model_type (`str`): `model_type` of the configuration, and the family's folder.
+        prefix (`str`): What the names of its classes begin with.
+        head (`str`): Name of the model with a language modeling head.
+        parts (`dict[str, str]`): Configurations of parts, and the models that they build.
+        causal_lm (`bool`, *optional*, defaults to `False`): Whether `AutoModelForCausalLM` finds the head too.
+    """
 
     model_type: str
     prefix: str
@@ -40,7 +50,15 @@ class Family:
     causal_lm: bool = False
 
     def load(self, module: str, name: str):
-        """An attribute of `<module>_<family>.py`; names of classes begin with the family's prefix."""
+        """Imports an attribute of `<module>_<family>.py`.
+
+        Args:
+            module (`str`): Such as `"modeling"`.
+            name (`str`): Of a function, or of a class without the family's prefix.
+
+        Returns:
+            `Any`: The attribute.
+        """
         loaded = import_module(f".{self.model_type}.{module}_{self.model_type}", __package__)
         return getattr(loaded, name if name.islower() else f"{self.prefix}{name}")
 

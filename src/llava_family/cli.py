@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 
+# Of typer, whose commands' docstrings and options' `help` are what `--help` prints
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="LLaVA models in transformers."
 )
@@ -276,7 +277,14 @@ def _set_decoding(model: Any, temperature: float) -> None:
 
 
 def main() -> None:
+    """Runs the `llava-family` command with the arguments of the process.
+
+    Source: no counterpart: the original codes have a script for each purpose.
+    """
     app()
+
+
+__all__ = ["app", "main"]
 
 
 if __name__ == "__main__":

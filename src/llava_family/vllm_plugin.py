@@ -12,6 +12,8 @@ def register_for_vllm() -> None:
     """Makes the heads of all families attributes of transformers. Calling it again changes nothing.
 
     That it was imported has registered them with the Auto classes already.
+
+    Source: vLLM's entry point `vllm.general_plugins`.
     """
     import transformers
 

@@ -4,6 +4,8 @@ Design choices:
 - What nobody needs is refused, not repaired: a name that looks like another one on the screen, a file that lies
   elsewhere, a key that two parsers read differently.
 - Sizes are limited before something is read, so that a claim alone costs neither memory nor time.
+
+Source: no counterpart: transformers and the original codes trust a checkpoint's files. SECURITY.md says why.
 """
 
 import json
@@ -32,7 +34,15 @@ _FILE_KINDS = (
 
 
 def check_tensor_name(name: str, place: object) -> None:
-    """ValueError unless `name` is what a module of torch is called: printable ASCII without blanks and slashes."""
+    """Checks that a tensor is called what a module of torch is called: printable ASCII without blanks and slashes.
+
+    Args:
+        name (`str`): The tensor's name.
+        place (`object`): Where it was found, for the message.
+
+    Raises:
+        ValueError: if it is called otherwise.
+    """
     if len(name) > MAX_NAME_LENGTH:
         raise ValueError(
             f"{place} has a tensor with a name of {len(name)} characters, {name[:40]!a}..., expected at most "
@@ -46,7 +56,14 @@ def check_tensor_name(name: str, place: object) -> None:
 
 
 def file_kind(path: Path) -> str:
-    """What there is at `path` instead of a file, for messages."""
+    """Says what there is instead of a file, for messages.
+
+    Args:
+        path (`Path`): Where the file should be.
+
+    Returns:
+        `str`: Such as "a folder" or "missing".
+    """
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -55,7 +72,19 @@ def file_kind(path: Path) -> str:
 
 
 def checked_path(folder: Path, file: str, named_in: Path | None = None) -> Path:
-    """The path of a file inside `folder`; ValueError if `file` is no plain name, no file or leads elsewhere."""
+    """Finds a file inside a folder, and nowhere else.
+
+    Args:
+        folder (`Path`): The folder.
+        file (`str`): Name of the file.
+        named_in (`Path`, *optional*): The file that names it, for the message.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: if `file` is no plain name, no file or leads elsewhere.
+    """
     shown = file if file.isascii() and file.isprintable() and len(file) < 200 else file[:200]
     source = f"{named_in} names the file {shown!a}" if named_in else f"The checkpoint {folder} has {shown!r}"
     plain = file == os.path.basename(file) and "\\" not in file and file not in ("", ".", "..")
@@ -71,7 +100,15 @@ def checked_path(folder: Path, file: str, named_in: Path | None = None) -> Path:
 
 
 def check_link(path: Path, source: str) -> None:
-    """ValueError if `path` is a link that leads out of its folder."""
+    """Checks that a link stays inside its folder, or inside the Hub's cache.
+
+    Args:
+        path (`Path`): A file, or a link to one.
+        source (`str`): What it is, for the message.
+
+    Raises:
+        ValueError: if it leads out.
+    """
     root = path.parent.resolve()
     # The Hub's cache keeps files as `blobs/<hash>` and links to them from `snapshots/<revision>`.
     allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
@@ -84,6 +121,14 @@ def check_link(path: Path, source: str) -> None:
 
 def settings_files(folder: Path, patterns: Iterable[str] = SETTINGS_PATTERNS) -> list[Path]:
     """The files in `folder` that settings are read from.
+
+    Args:
+        folder (`Path`): The folder.
+        patterns (`Iterable[str]`, *optional*): Names of the files; those of configurations, processors and tokenizers
+            by default.
+
+    Returns:
+        `list[Path]`: The files, sorted by name.
 
     Raises:
         ValueError: if one of them leads out of the folder, is larger than 200 MB, or is no file. What a link leads to
@@ -106,7 +151,17 @@ def settings_files(folder: Path, patterns: Iterable[str] = SETTINGS_PATTERNS) ->
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError if it is none, is nested too deeply or names something twice."""
+    """Reads a JSON text, stricter than `json.loads`.
+
+    Args:
+        text (`str` or `bytes`): The text.
+
+    Returns:
+        `Any`: Its value.
+
+    Raises:
+        ValueError: if it is no JSON, is nested too deeply or names something twice.
+    """
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
@@ -114,7 +169,18 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, kind: str) -> Any:
-    """The value of a JSON file; ValueError if it is none, larger than 50 MB, or names something twice."""
+    """Reads a JSON file, stricter than `json.load`.
+
+    Args:
+        path (`Path`): The file.
+        kind (`str`): What it should be, for the message.
+
+    Returns:
+        `Any`: Its value.
+
+    Raises:
+        ValueError: if it is no JSON, larger than 50 MB, or names something twice.
+    """
     if not path.is_file():
         raise ValueError(f"{path} must be {kind}, but is {file_kind(path)}.")
     if path.stat().st_size > MAX_JSON_BYTES:
@@ -140,6 +206,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def some_names(names: set[str], limit: int = 5) -> str:
-    """How many names, and the first of them, safe to print."""
+    """Says how many names there are, and the first of them, safe to print.
+
+    Args:
+        names (`set[str]`): The names.
+        limit (`int`, *optional*, defaults to 5): How many of them to say.
+
+    Returns:
+        `str`: The text.
+    """
     shown = ", ".join(name if name.isascii() and name.isprintable() else ascii(name) for name in sorted(names)[:limit])
     return f"{len(names)} tensors" + (f" ({shown}{', ...' if len(names) > limit else ''})" if names else "")

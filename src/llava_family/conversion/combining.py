@@ -1,4 +1,7 @@
-"""Brings tensors of several checkpoints together under the names of one."""
+"""Brings tensors of several checkpoints together under the names of one.
+
+Source: no counterpart: transformers loads the files of one checkpoint alone.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -23,7 +26,17 @@ class CheckpointTensors:
         self._files: dict[str, tuple[Path, ...]] = {}
 
     def add(self, name: str, info: TensorInfo, read: Callable[[], torch.Tensor], files: tuple[Path, ...] = ()) -> None:
-        """Adds the tensor that `read()` returns, of `files`. ValueError if there is one called `name` already."""
+        """Adds a tensor.
+
+        Args:
+            name (`str`): Its name, which must be new.
+            info (`TensorInfo`): Its shape and dtype.
+            read (`Callable[[], torch.Tensor]`): Returns it.
+            files (`tuple[Path, ...]`, *optional*): The files that it is made of.
+
+        Raises:
+            ValueError: if there is one of this name already.
+        """
         if name in self.tensors:
             raise ValueError(f"There are two tensors called {name!r}. Convert a checkpoint that has it once.")
         self.tensors[name] = info
@@ -31,27 +44,62 @@ class CheckpointTensors:
         self._files[name] = files
 
     def add_checkpoint(self, reader: CheckpointReader, names: Mapping[str, str] | None = None) -> None:
-        """Adds tensors of a checkpoint; `names` maps those that are wanted to their new names, by default all stay."""
+        """Adds tensors of a checkpoint.
+
+        Args:
+            reader (`CheckpointReader`): The checkpoint, which must stay open.
+            names (`Mapping[str, str]`, *optional*): New names of those that are wanted; by default all are, under
+                their own.
+
+        Raises:
+            ValueError: if there is one of such a name already.
+        """
         for original, name in (names or {name: name for name in reader.tensors}).items():
             self.add(name, reader.tensors[original], partial(reader.read, original), (reader.path_of(original),))
 
     def remove(self, names: Iterable[str]) -> None:
-        """Removes tensors, all of which must be there."""
+        """Takes tensors out again.
+
+        Args:
+            names (`Iterable[str]`): Their names, all of which must be there.
+        """
         for name in list(names):
             del self.tensors[name], self._reads[name], self._files[name]
 
     def rename(self, old: str, new: str) -> None:
-        """Gives a tensor another name, which must be free."""
+        """Gives a tensor another name.
+
+        Args:
+            old (`str`): Its name, which must be there.
+            new (`str`): Its new name, which must be free.
+
+        Raises:
+            ValueError: if the new name is taken.
+        """
         info, read, files = self.tensors[old], self._reads[old], self._files[old]
         self.remove([old])
         self.add(new, info, read, files)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, which must be there, on the CPU."""
+        """Reads a tensor, or computes it.
+
+        Args:
+            name (`str`): Its name, which must be there.
+
+        Returns:
+            `torch.Tensor` of any shape, in the dtype that `tensors` tells, on the CPU.
+        """
         return self._reads[name]()
 
     def files_of(self, name: str) -> tuple[Path, ...]:
-        """The files that the tensor called `name` is made of."""
+        """Finds the files that a tensor is made of.
+
+        Args:
+            name (`str`): Its name, which must be there.
+
+        Returns:
+            `tuple[Path, ...]`: The files.
+        """
         return self._files[name]
 
     def replace(
@@ -61,9 +109,13 @@ class CheckpointTensors:
         compute: Callable[..., torch.Tensor],
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Makes the tensor `name` into `compute(name, *others)`, of its own shape and, unless given, its own dtype.
+        """Makes a tensor out of itself and others, which are used up. It keeps its shape.
 
-        The `others` are used up.
+        Args:
+            name (`str`): The tensor, which is passed to `compute` first.
+            others (`Iterable[str]`): The others, in the order in which they are passed.
+            compute (`Callable[..., torch.Tensor]`): Returns the new tensor.
+            dtype (`torch.dtype`, *optional*): Of the new tensor; its own by default.
         """
         parts = (name, *others)
         info, reads = self.tensors[name], [self._reads[part] for part in parts]
@@ -73,12 +125,27 @@ class CheckpointTensors:
         self.add(name, info, lambda: compute(*(read() for read in reads)), files)
 
     def replace_vision_tower(self, tower: CheckpointReader, prefix: str) -> None:
-        """Puts the tower of a CLIP or SigLIP checkpoint, `vision_model.*`, in the place of all that begins so."""
+        """Puts the vision tower of a CLIP or SigLIP checkpoint in the place of another one.
+
+        Args:
+            tower (`CheckpointReader`): The checkpoint, which must stay open.
+            prefix (`str`): What the names of all that is replaced begin with.
+        """
         self.remove([name for name in self.tensors if name.startswith(prefix)])
         self.add_checkpoint(tower, vision_tower_names(tower, prefix))
 
     def common_dtype(self, folder: Path) -> torch.dtype:
-        """Of all floating point tensors, which are those of `folder`; ValueError if there are several."""
+        """The dtype that all floating point tensors have.
+
+        Args:
+            folder (`Path`): Whose tensors they are, for the message.
+
+        Returns:
+            `torch.dtype`: The one that they share.
+
+        Raises:
+            ValueError: if there are several.
+        """
         dtypes = {info.dtype for info in self.tensors.values() if info.dtype.is_floating_point}
         if len(dtypes) != 1:
             raise ValueError(
@@ -89,7 +156,15 @@ class CheckpointTensors:
 
 
 def vision_tower_names(tower: CheckpointReader, prefix: str) -> dict[str, str]:
-    """New names for the vision tower's tensors in a CLIP or SigLIP checkpoint: `vision_model.*` behind `prefix`."""
+    """New names for the vision tower's tensors in a CLIP or SigLIP checkpoint.
+
+    Args:
+        tower (`CheckpointReader`): The checkpoint, of the whole model or of the tower alone.
+        prefix (`str`): What to put before `vision_model.`.
+
+    Returns:
+        `dict[str, str]`: New name by old name.
+    """
     names = {name: name for name in tower.tensors if name.startswith("vision_model.")}
     # A vision model that transformers 5 saved has no prefix.
     names = names or {name: f"vision_model.{name}" for name in tower.tensors}

@@ -1,4 +1,7 @@
-"""What a conversion does to every tensor, and whether a converted checkpoint is just that."""
+"""What a conversion does to every tensor, and whether a converted checkpoint is just that.
+
+Source: no counterpart: the original codes convert nothing.
+"""
 
 import re
 from collections import Counter
@@ -15,7 +18,14 @@ from .shards import TensorInfo
 
 
 def key_report(conversion: Conversion) -> list[str]:
-    """What becomes of every source tensor, in lines: kind, how often, names with `*` for all numbers; and totals."""
+    """Says what becomes of every source tensor.
+
+    Args:
+        conversion (`Conversion`): The plan.
+
+    Returns:
+        `list[str]`: Lines: kind, how often, names with `*` for all numbers; and totals.
+    """
     rows: Counter[tuple[str, str]] = Counter()
     tensors: Counter[str] = Counter()
     for step in conversion.plan.steps:
@@ -105,6 +115,17 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def verify_conversion(conversion: Conversion, folder: Path) -> list[str]:
-    """All [`differences`] between a conversion and the checkpoint in `folder`; an empty list if there are none."""
+    """Finds all [`differences`] between a conversion and a checkpoint.
+
+    Args:
+        conversion (`Conversion`): What should have been written.
+        folder (`Path`): What was.
+
+    Returns:
+        `list[str]`: What differs; empty if nothing does.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read.
+    """
     with CheckpointReader(folder) as converted:
         return list(differences(conversion, converted))

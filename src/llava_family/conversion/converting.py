@@ -1,4 +1,7 @@
-"""Runs a planned conversion to its end: weights, then whatever else the checkpoint consists of, then its name."""
+"""Runs a planned conversion to its end: weights, then whatever else the checkpoint consists of, then its name.
+
+Source: transformers' `save_pretrained`, whose files it writes.
+"""
 
 import os
 import shutil
@@ -34,7 +37,7 @@ def write_checkpoint(
         conversion (`Conversion`): What to write.
         push_to_hub (`str`, *optional*): Hub repository to upload to.
         report (`Callable[[str], None]`): Receives what was done, line by line.
-        max_shard_bytes (`int`, *optional*, defaults to 5 GB): See [`write_sharded`].
+        max_shard_bytes (`int`, *optional*, defaults to 5 GB): Tensor bytes per file, see [`write_sharded`].
         allow_nan (`bool`, *optional*, defaults to `False`): Whether to keep NaN and infinite values of the original.
 
     Raises:

@@ -1,4 +1,7 @@
-"""SHA-256 of files, and of bytes while they are written: beside the work, since hashing releases the interpreter."""
+"""SHA-256 of files, and of bytes while they are written: beside the work, since hashing releases the interpreter.
+
+Source: no counterpart in the original codes; Python's `hashlib`.
+"""
 
 import hashlib
 import os
@@ -20,7 +23,19 @@ class Cancelled(Exception):
 
 
 def hash_file(path: Path, cancel: threading.Event | None = None) -> str:
-    """The hexadecimal SHA-256 of a file."""
+    """Hashes a file.
+
+    Args:
+        path (`Path`): The file.
+        cancel (`threading.Event`, *optional*): Ends it when it is set.
+
+    Returns:
+        `str`: The hexadecimal SHA-256.
+
+    Raises:
+        Cancelled: if it was ended.
+        OSError: if the file cannot be read.
+    """
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -32,7 +47,14 @@ def hash_file(path: Path, cancel: threading.Event | None = None) -> str:
 
 
 def hash_files(paths: Iterable[Path]) -> list[str]:
-    """The hashes of several files, two at a time."""
+    """Hashes several files, two at a time.
+
+    Args:
+        paths (`Iterable[Path]`): The files.
+
+    Returns:
+        `list[str]`: Their hexadecimal SHA-256.
+    """
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(hash_file, paths))
 
@@ -57,7 +79,11 @@ class SourceHashes:
         self._hashes: dict[Path, Future[str]] = {}
 
     def reached(self, path: Path) -> None:
-        """Tells that the conversion reads one of the files."""
+        """Tells that the conversion reads one of the files.
+
+        Args:
+            path (`Path`): The file.
+        """
         for following in self._paths[: self._paths.index(path) + 2] if path in self._paths else []:
             if following not in self._hashes:
                 self._hashes[following] = self._pool.submit(hash_file, following, self._cancel)
@@ -68,13 +94,17 @@ class SourceHashes:
         return self._hashes[path].result()
 
     def check_unchanged(self) -> None:
-        """ValueError if one of the files has been changed since the beginning."""
+        """Checks that all files are what they were at the beginning.
+
+        Raises:
+            ValueError: if one of them has been changed.
+        """
         for path, state in self._states.items():
             if _state(path) != state:
                 raise ValueError(f"{path} was changed while it was converted. Convert it again, once it is complete.")
 
     def close(self) -> None:
-        """Stops hashing."""
+        """Stops hashing; what is not hashed yet never will be."""
         self._cancel.set()
         self._pool.shutdown(cancel_futures=True)
 
@@ -88,6 +118,9 @@ class HashedFile:
     """A new file that is written, hashed and brought onto the disk at the same time, each in one thread.
 
     At most one piece is being hashed when `write` returns, and is kept alive until then.
+
+    Args:
+        path (`Path`): The file, which must not exist.
     """
 
     def __init__(self, path: Path):
@@ -105,7 +138,11 @@ class HashedFile:
         self._file = os.fdopen(descriptor, "wb", buffering=0)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Appends all of `data`, which must not change before the next call."""
+        """Appends bytes to the file.
+
+        Args:
+            data (`bytes` or `memoryview`): All of which is written. It must not change before the next call.
+        """
         self._wait()
         self._pending = self._pool.submit(self._digest.update, data)
         view = memoryview(data)
@@ -125,7 +162,11 @@ class HashedFile:
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> str:
-        """Brings the file onto the disk, closes it and returns its hexadecimal SHA-256."""
+        """Brings the file onto the disk and closes it.
+
+        Returns:
+            `str`: Its hexadecimal SHA-256.
+        """
         if self._syncing is not None:
             self._syncing.result()  # a disk that fails tells so once only
         os.fsync(self._file.fileno())
@@ -145,7 +186,11 @@ class HashedFile:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings the names of a folder's files onto the disk, where the system can: what was renamed stays renamed."""
+    """Brings the names of a folder's files onto the disk, where the system can: what was renamed stays renamed.
+
+    Args:
+        folder (`Path`): The folder.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:  # Windows opens no folders

@@ -1,4 +1,7 @@
-"""Merges LoRA adapters that a checkpoint holds beside the weights that they belong to."""
+"""Merges LoRA adapters that a checkpoint holds beside the weights that they belong to.
+
+Source: PEFT's `merge_and_unload`, for a checkpoint that is not loaded.
+"""
 
 import math
 import re
@@ -14,7 +17,11 @@ BASE_LAYER = ".base_layer."
 
 
 def has_lora(tensors: CheckpointTensors) -> bool:
-    """Whether there are adapters to merge."""
+    """Whether there are adapters to merge.
+
+    Args:
+        tensors (`CheckpointTensors`): Of the checkpoint.
+    """
     return any(LORA_NAME.match(name) for name in tensors.tensors)
 
 

@@ -3,6 +3,8 @@
 Design choices:
 - No times and no folders' names: the same conversion writes the same manifest, interrupted or not, on any machine.
 - Sources are told apart by their SHA-256, and so are finished files: neither is trusted by its name.
+
+Source: no counterpart in the original codes or in transformers, whose conversions begin anew.
 """
 
 import json
@@ -25,7 +27,14 @@ FORMAT = "llava-family conversion, version 1"
 
 @dataclass
 class SourceFile:
-    """A file that a conversion reads. `role` says which of its checkpoints has it; `sha256` is None until known."""
+    """A file that a conversion reads.
+
+    Attributes:
+        role (`str`): Which of the conversion's checkpoints has it, such as `"checkpoint"`.
+        name (`str`): Its name.
+        size (`int`): In bytes.
+        sha256 (`str`, *optional*): Hexadecimal; None until it is known.
+    """
 
     role: str
     name: str
@@ -35,7 +44,7 @@ class SourceFile:
 
 @dataclass
 class Manifest:
-    """One conversion.
+    """What one conversion reads and writes.
 
     Attributes:
         tool (`dict[str, str]`): Versions of all that the written bytes depend on.
@@ -58,7 +67,17 @@ class Manifest:
     def planned(
         cls, family: str, options: Mapping[str, Any], sources: Sequence[SourceFile], shards: Sequence[Shard]
     ) -> "Manifest":
-        """That of a conversion that has written nothing yet."""
+        """Makes the manifest of a conversion that has written nothing yet.
+
+        Args:
+            family (`str`): Whose checkpoint it is.
+            options (`Mapping[str, Any]`): Of the conversion.
+            sources (`Sequence[SourceFile]`): All that is read.
+            shards (`Sequence[Shard]`): All that is to be written.
+
+        Returns:
+            `Manifest`: Without hashes of what is to be written.
+        """
         from .. import __version__
 
         tool = {
@@ -79,7 +98,17 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
-        """Reads a manifest. ValueError if it is none."""
+        """Reads a manifest.
+
+        Args:
+            path (`Path`): The file.
+
+        Returns:
+            `Manifest`: Checked for its structure.
+
+        Raises:
+            ValueError: if it is none of this version.
+        """
         content = read_json(path, "the manifest of a conversion")
         try:
             if content.pop("format") != FORMAT:
@@ -97,13 +126,21 @@ class Manifest:
         return manifest
 
     def save(self, folder: Path) -> None:
-        """Writes it, at once or not at all."""
+        """Writes the manifest, at once or not at all.
+
+        Args:
+            folder (`Path`): Where to.
+        """
         content: dict[str, Any] = {"format": FORMAT, "tool": self.tool, "family": self.family, "options": self.options}
         content |= {"sources": [vars(source) for source in self.sources], "shards": self.shards, "files": self.files}
         write_file(folder / MANIFEST_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
     def continues(self, other: "Manifest") -> bool:
-        """Whether what `other` has finished is what this one would write, as far as can be told without hashing."""
+        """Whether what `other` has finished is what this one would write, as far as can be told without hashing.
+
+        Args:
+            other (`Manifest`): Of an earlier run.
+        """
 
         def settled(manifest: Manifest) -> Any:
             plans = {file: shard["tensors"] for file, shard in manifest.shards.items()}
@@ -116,5 +153,5 @@ class Manifest:
 
     @property
     def finished(self) -> dict[str, str]:
-        """SHA-256 of the finished files of weights."""
+        """SHA-256 of the finished files of weights, by their names."""
         return {file: shard["sha256"] for file, shard in self.shards.items() if shard["sha256"] is not None}

@@ -6,6 +6,8 @@ Design choices:
 - The plan runs every transform on meta tensors. That gives names, shapes and dtypes of its outputs for any operation.
 - Strict where the loader is lenient: it initialises a missing parameter, skips an unexpected tensor with a warning and
   casts integers and complex numbers to weights.
+
+Source: transformers' `core_model_loading`, which does the same while it loads.
 """
 
 import re
@@ -35,7 +37,13 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class ConversionStep:
     """One application of a transform: the tensors it needs together, and those it makes of them.
 
-    `sources` are pairs of the transform's matching pattern and the tensor's name, in the order that operations see.
+    Attributes:
+        transform (`WeightTransform`): The transform.
+        target (`str`): Name of what it makes, the first one of several.
+        sources (`tuple[tuple[str, str], ...]`): Pairs of the transform's matching pattern and the tensor's name, in
+            the order that operations see.
+        model (`PreTrainedModel`, *optional*): For operations that look shapes up in it.
+        outputs (`Mapping[str, TensorInfo]`): Shape and dtype of what comes out, by name.
     """
 
     transform: WeightTransform
@@ -45,7 +53,15 @@ class ConversionStep:
     outputs: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     def convert(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Reads the sources by `read(name)` and returns the targets by name."""
+        """Runs the transform.
+
+        Args:
+            read (`Callable[[str], torch.Tensor]`): Returns the source tensor of a name.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The targets by name, of the shapes and dtypes of `outputs`. They are of any
+            shape.
+        """
         transform = deepcopy(self.transform)
         for pattern, name in self.sources:
             transform.add_tensor(self.target, name, pattern, partial(read, name))
@@ -55,7 +71,12 @@ class ConversionStep:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """`steps` in the order of their sources, and the sources that are left out on purpose, with the reason."""
+    """All that a conversion does.
+
+    Attributes:
+        steps (`tuple[ConversionStep, ...]`): In the order of their sources.
+        ignored (`Mapping[str, str]`): The sources that are left out on purpose, with the reason.
+    """
 
     steps: tuple[ConversionStep, ...]
     ignored: Mapping[str, str]
@@ -74,11 +95,14 @@ def plan_conversion(
         tensors (`Mapping[str, TensorInfo]`): The source tensors, in the order in which they are best read.
         transforms (`Sequence[WeightTransform]`): Every matching renaming applies, then the first matching converter.
         expected (`Mapping[str, Sequence[int] | TensorInfo]`): Name and shape of every tensor that must come out. With
-            a `TensorInfo`, sources of floating point weights must be of one of `WEIGHT_DTYPES`, and all others of
-            just the dtype that it says.
+            a `TensorInfo`, sources of floating point weights must be of one of `WEIGHT_DTYPES`, and all others of just
+            the dtype that it says.
         ignored (`Mapping[str, str]`, *optional*): Reasons by regular expression, searched for in the names of sources
             that no expected tensor needs.
         model (`PreTrainedModel`, *optional*): Passed to operations, for those that look shapes up in it.
+
+    Returns:
+        `ConversionPlan`: What to do.
 
     Raises:
         ValueError: if a target is missing, made twice or of another shape or kind of dtype, or a source is left over.

@@ -1,4 +1,7 @@
-"""Lets large tensors be allocated where others were freed, instead of anew from the system."""
+"""Lets large tensors be allocated where others were freed, instead of anew from the system.
+
+Source: no counterpart in the original codes; `mallopt` of glibc.
+"""
 
 import ctypes
 from collections.abc import Iterator

@@ -4,6 +4,8 @@ Design choices:
 - A checkpoint is untrusted input. Names in an index never lead out of the folder, pickles may hold tensors only, and
   index and shards must agree exactly: a tensor that is silently absent would become a randomly initialised parameter.
 - Names, shapes and dtypes come from the files' headers. Values are read one tensor at a time, with one shard open.
+
+Source: file names and indices of transformers' `save_pretrained`; `safe_open` of safetensors, `torch.load`.
 """
 
 import os
@@ -70,13 +72,30 @@ class CheckpointReader:
             self.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, on the CPU. ValueError if there is none."""
+        """Reads one tensor.
+
+        Args:
+            name (`str`): Its name.
+
+        Returns:
+            `torch.Tensor` of any shape, in the file's dtype, on the CPU.
+
+        Raises:
+            ValueError: if there is none of this name, or its file is damaged.
+        """
         if name not in self._file_of:
             raise ValueError(f"The checkpoint {self.folder} has no tensor {name!r}.")
         return self._open(self._file_of[name]).read(name)
 
     def path_of(self, name: str) -> Path:
-        """The file of the tensor called `name`, which must be there."""
+        """Finds the file of a tensor.
+
+        Args:
+            name (`str`): Its name, which must be there.
+
+        Returns:
+            `Path`: The file.
+        """
         return self.folder / self._file_of[name]
 
     def close(self):
@@ -146,6 +165,9 @@ def resolve_checkpoint(name_or_path: str | os.PathLike, patterns: list[str]) -> 
     Args:
         name_or_path (`str` or `os.PathLike`): A folder, or the id of a Hub repository.
         patterns (`list[str]`): Files to download, such as `"*.json"`.
+
+    Returns:
+        `Path`: The folder.
 
     Raises:
         FileNotFoundError: if it looks like a path, but there is no such folder.

@@ -1,4 +1,7 @@
-"""Writes a converted model's weights back in the layout of its original code, see `reversing` for what comes back."""
+"""Writes a converted model's weights back in the layout of its original code, see `reversing` for what comes back.
+
+Source: file names and layouts of the original codes; transformers' `save_pretrained` with `save_original_format`.
+"""
 
 import os
 import shutil
@@ -92,7 +95,17 @@ def restore_checkpoint(
 
 
 def check_output_file(output: str | os.PathLike) -> Path:
-    """The absolute path of a file that can be created; ValueError if there is something, or it is not called `.pt`."""
+    """Checks that a file can be created.
+
+    Args:
+        output (`str` or `os.PathLike`): The file, called `.pt`.
+
+    Returns:
+        `Path`: Its absolute path.
+
+    Raises:
+        ValueError: if there is something already, or it is called otherwise.
+    """
     path = Path(output).resolve()
     if path.suffix != ".pt" or os.path.lexists(path):
         found = f"is {file_kind(path)}" if os.path.lexists(path) else "does not end in .pt"
@@ -104,7 +117,19 @@ def check_output_file(output: str | os.PathLike) -> Path:
 
 
 def open_original(original: str | os.PathLike, entry: str | None) -> CheckpointReader:
-    """The original's tensors: of a folder or, with an `entry`, of one torch file."""
+    """Opens the original's tensors.
+
+    Args:
+        original (`str` or `os.PathLike`): Folder or Hub repository or, with an `entry`, file.
+        entry (`str`, *optional*): Key of the tensors in one torch file.
+
+    Returns:
+        `CheckpointReader`: The tensors.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: if it holds no weights, or damaged ones.
+    """
     if entry is None:
         return CheckpointReader(resolve_checkpoint(original, CHECKPOINT_PATTERNS))
     path = Path(original)
@@ -121,7 +146,20 @@ def open_original(original: str | os.PathLike, entry: str | None) -> CheckpointR
 def write_torch_file(
     path: Path, steps: Sequence[ConversionStep], read: Callable[[str], torch.Tensor], entry: str
 ) -> int:
-    """Writes `{entry: tensors}`, as the original's training does, and returns the bytes of all tensors."""
+    """Writes `{entry: tensors}`, as the original's training does.
+
+    Args:
+        path (`Path`): The file, which appears only when it is complete.
+        steps (`Sequence[ConversionStep]`): What makes the tensors.
+        read (`Callable[[str], torch.Tensor]`): Returns the source tensor of a name.
+        entry (`str`): Key of the tensors.
+
+    Returns:
+        `int`: The bytes of all tensors.
+
+    Raises:
+        ValueError: if the disk is too full, or there is a file meanwhile.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(info.num_bytes for step in steps for info in step.outputs.values())
     check_free_space(path.parent, num_bytes)
@@ -151,7 +189,12 @@ def _atomic_file(path: Path) -> Iterator[Path]:
 
 
 def copy_settings(original: CheckpointReader | None, folder: Path) -> None:
-    """Copies the original's configuration and tokenizer, whose weights have another index now."""
+    """Copies the original's configuration and tokenizer, whose weights have another index now.
+
+    Args:
+        original (`CheckpointReader`, *optional*): The original; without one nothing is copied.
+        folder (`Path`): Where to.
+    """
     for path in [] if original is None else settings_files(original.folder):
         if not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)

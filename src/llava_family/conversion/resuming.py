@@ -2,10 +2,12 @@
 
 Design choices:
 - It is hidden and lies beside the output, `.<name>.incomplete`: the output appears at once, by a rename.
-- One conversion at a time: the folder is locked itself, and the system gives that up when a process ends, however
-  that happens.
+- One conversion at a time: the folder is locked itself, and the system gives that up when a process ends, however that
+  happens.
 - What cannot be told to be an earlier conversion's is never deleted.
 - Its weights come first and config.json last, so that a part of it does not load.
+
+Source: no counterpart in the original codes or in transformers, whose conversions begin anew.
 """
 
 import errno
@@ -48,6 +50,9 @@ def resumable_folder(
         manifest (`Manifest`): What is to be written. Receives what was finished earlier.
         paths (`dict[Path, SourceFile]`): Where the sources lie.
         report (`Callable[[str], None]`, *optional*, defaults to `print`): Receives what is done with earlier work.
+
+    Yields:
+        `Path`: The folder to write to.
 
     Raises:
         ValueError: if `output` is not empty, another conversion writes to it, or something else has its place.

@@ -5,6 +5,8 @@ Design choices:
   several, only the original knows: with it, what nobody changed comes back bit by bit.
 - Nothing is dropped or made up silently: every tensor of the original is restored, or one that conversions leave out.
 - Adapters that were merged cannot come back, and weights that have them already must never stand beside them.
+
+Source: `reverse_transform` of transformers' `core_model_loading`.
 """
 
 from collections import Counter
@@ -36,7 +38,13 @@ WRAPPER = "module."
 
 @dataclass(frozen=True)
 class Place:
-    """Where a restored tensor goes: its name and its dtype there, and how many rows it has."""
+    """Where a restored tensor goes.
+
+    Attributes:
+        name (`str`): Its name in the original.
+        dtype (`torch.dtype`): Its dtype there.
+        num_rows (`int`, *optional*): How many rows it has there, where the model has fewer.
+    """
 
     name: str
     dtype: torch.dtype
@@ -45,12 +53,27 @@ class Place:
 
 @dataclass(frozen=True)
 class RestoringStep(ConversionStep):
-    """A step whose outputs take their places in the original; those without one are left out."""
+    """A step whose outputs take their places in the original; those without one are left out. Its other arguments are
+    as in [`ConversionStep`].
+
+    Attributes:
+        places (`Mapping[str, Place]`): Place by output.
+    """
 
     places: Mapping[str, Place] = field(default_factory=dict)
 
     def convert(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Reads the sources by `read(name)` and returns the original's tensors by name."""
+        """Runs the transform.
+
+        Args:
+            read (`Callable[[str], torch.Tensor]`): Returns the source tensor of a name.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The original's tensors by name, of any shape, in the dtypes of their places.
+
+        Raises:
+            ValueError: if a value is too large for the dtype that the original has.
+        """
         made = super().convert(read)
         restored = {}
         for name, place in self.places.items():
@@ -74,6 +97,9 @@ def plan_restoration(
     Args:
         tensors (`Mapping[str, TensorInfo]`): Those of the converted model.
         transforms (`Sequence[WeightTransform]`): Every matching renaming applies, then the first matching converter.
+
+    Returns:
+        `tuple[RestoringStep, ...]`: What to do.
 
     Raises:
         ValueError: if the original has no name for a tensor, or one for two of them.
@@ -126,6 +152,9 @@ def fit_to_original(
         num_tokens (`int`): Rows of the model's vocabulary. The original may have more.
         may_lack (`bool`): Whether an original may lack tensors, as one of trained tensors alone. These are left out.
         report (`Callable[[str], None]`): Receives what was done, line by line.
+
+    Returns:
+        `list[ConversionStep]`: What to do.
 
     Raises:
         ValueError: if the original is not what the model was made from.

@@ -1,4 +1,7 @@
-"""What the conversion scripts of all families share: options, errors, the last steps."""
+"""What the conversion scripts of all families share: options, errors, the last steps.
+
+Source: the conversion scripts of transformers, `convert_<model>_weights_to_hf.py`.
+"""
 
 import argparse
 import os
@@ -31,7 +34,15 @@ MAX_COUNT = MAX_SIZES["num_hidden_layers"]
 
 
 def check_options(dtype: str | None, push_to_hub: str | None) -> None:
-    """ValueError if one of the options that need no checkpoint is wrong."""
+    """Checks the options that need no checkpoint.
+
+    Args:
+        dtype (`str`, *optional*): Name of the output's dtype.
+        push_to_hub (`str`, *optional*): Hub repository to upload to.
+
+    Raises:
+        ValueError: if one of them is wrong.
+    """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
     if push_to_hub is not None:
@@ -39,7 +50,18 @@ def check_options(dtype: str | None, push_to_hub: str | None) -> None:
 
 
 def read_original_config(folder: Path, kind: str) -> dict[str, Any]:
-    """The `config.json` in `folder`; ValueError if there is none, so that it is no release of `kind`."""
+    """Reads the `config.json` in a folder.
+
+    Args:
+        folder (`Path`): The folder.
+        kind (`str`): Whose release it should be, for the message.
+
+    Returns:
+        `dict[str, Any]`: The configuration.
+
+    Raises:
+        ValueError: if there is none, so that it is no release, or it is malformed.
+    """
     path = folder / "config.json"
     if not os.path.lexists(path):
         raise ValueError(f"The checkpoint must be a {kind} release, but {folder} has no config.json.")
@@ -54,7 +76,16 @@ def read_original_config(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def check_counts(config: Any, place: object, limit: int) -> None:
-    """ValueError if a configuration claims more than `limit` layers or experts: building them would never end."""
+    """Refuses a configuration that claims so many layers or experts that building them would never end.
+
+    Args:
+        config (`Any`): The configuration, as JSON has it.
+        place (`object`): Where it was found, for the message.
+        limit (`int`): How many there may be.
+
+    Raises:
+        ValueError: if it claims more, or no whole number.
+    """
     entries = config.items() if isinstance(config, dict) else ()
     for key, value in entries:
         check_counts(value, place, limit)
@@ -70,7 +101,14 @@ def check_counts(config: Any, place: object, limit: int) -> None:
 
 @contextmanager
 def settings_of(*folders: Path | None) -> Iterator[None]:
-    """Turns whatever the settings, in files of `folders`, make transformers raise into one ValueError."""
+    """Makes one error of whatever the settings in files of some folders make transformers raise.
+
+    Args:
+        folders (`Path`, *optional*): The folders, for the message.
+
+    Raises:
+        ValueError: in place of other exceptions.
+    """
     try:
         yield
     except (ValueError, OSError):
@@ -85,12 +123,20 @@ def settings_of(*folders: Path | None) -> Iterator[None]:
 
 
 def is_first_stage(folder: Path) -> bool:
-    """Whether `folder` is the output of LLaVA's first training stage: a projector without a language model."""
+    """Whether `folder` is the output of LLaVA's first training stage: a projector without a language model.
+
+    Args:
+        folder (`Path`): The folder.
+    """
     return (folder / "mm_projector.bin").is_file() and not has_weights(folder)
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether `folder` has a model's weights."""
+    """Whether `folder` has a model's weights.
+
+    Args:
+        folder (`Path`): The folder.
+    """
     return any((folder / name).is_file() for name in WEIGHT_FILES)
 
 
@@ -101,9 +147,20 @@ def plan_for_model(
     transforms: Sequence[WeightTransform],
     ignored: Mapping[str, str] | None = None,
 ) -> ConversionPlan:
-    """How `tensors` become the model of `config`; ValueError unless they are exactly its own.
+    """Plans how tensors become a model.
 
-    See [`plan_conversion`] for `transforms` and `ignored`.
+    Args:
+        model_class (`type[PreTrainedModel]`): Class of the model.
+        config (`PreTrainedConfig`): Its configuration.
+        tensors (`Mapping[str, TensorInfo]`): Those of a checkpoint.
+        transforms (`Sequence[WeightTransform]`): As in [`plan_conversion`].
+        ignored (`Mapping[str, str]`, *optional*): As in [`plan_conversion`].
+
+    Returns:
+        `ConversionPlan`: What to do.
+
+    Raises:
+        ValueError: if they are not exactly the model's.
     """
     # None of them is without a tensor.
     check_counts(config.to_dict(), "The configuration", len(tensors))
@@ -137,14 +194,31 @@ class Conversion:
 
 
 def source_files(role: str, folder: Path, reader: CheckpointReader) -> list[tuple[str, Path]]:
-    """The files of a checkpoint's folder that matter, in the order of a conversion: settings, then weights."""
+    """The files of a checkpoint's folder that matter.
+
+    Args:
+        role (`str`): Of the checkpoint in the conversion.
+        folder (`Path`): Its folder.
+        reader (`CheckpointReader`): Its weights.
+
+    Returns:
+        `list[tuple[str, Path]]`: The role and the file, in the order of a conversion: settings, then weights.
+    """
     paths = [path for path in settings_files(folder) if path.name not in reader.files]
     paths += [reader.folder / file for file in reader.files]
     return [(role, path) for path in paths]
 
 
 def upload(folder: Path, repo_id: str) -> None:
-    """Uploads `folder`; ValueError if the Hub refuses it."""
+    """Uploads a folder to the Hub.
+
+    Args:
+        folder (`Path`): The folder.
+        repo_id (`str`): The repository, which is created where it does not exist.
+
+    Raises:
+        ValueError: if the Hub refuses it.
+    """
     try:
         create_repo(repo_id, exist_ok=True)
         upload_folder(folder_path=folder, repo_id=repo_id, commit_message="Upload converted checkpoint")
@@ -160,7 +234,16 @@ def conversion_parser(
     checkpoint: str = "folder or Hub repository of the original release",
     default_dtype: str = "the release's own",
 ) -> argparse.ArgumentParser:
-    """A parser with the options of every conversion script but `--vision-tower`, whose help differs."""
+    """Makes a parser with the options of every conversion script but `--vision-tower`, whose help differs.
+
+    Args:
+        description (`str`, *optional*): What the script does.
+        checkpoint (`str`, *optional*): Help of `--checkpoint`.
+        default_dtype (`str`, *optional*): What the help says of `--dtype`.
+
+    Returns:
+        `argparse.ArgumentParser`: The parser.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help=checkpoint)
     parser.add_argument("--output", required=True, help="new folder for the converted checkpoint")
@@ -173,7 +256,13 @@ def conversion_parser(
 def run_conversion(
     parser: argparse.ArgumentParser, convert: Callable[..., os.PathLike], arguments: list[str] | None
 ) -> None:
-    """Calls `convert` with the parsed arguments; what is wrong with the input is one line and exit status 2."""
+    """Converts with the parsed arguments; what is wrong with the input is one line and exit status 2.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The script's.
+        convert (`Callable[..., os.PathLike]`): Called with the arguments by their names.
+        arguments (`list[str]`, *optional*): Those of the command line by default.
+    """
     options = parser.parse_args(arguments)
     try:
         convert(**vars(options))

@@ -1,4 +1,7 @@
-"""Opens one file of weights, safetensors or a torch pickle, and trusts nothing that it says about itself."""
+"""Opens one file of weights, safetensors or a torch pickle, and trusts nothing that it says about itself.
+
+Source: `safe_open` of safetensors, and `torch.load` with `weights_only`, both with stricter checks.
+"""
 
 import math
 import os
@@ -22,22 +25,36 @@ MAX_PICKLE_BYTES = 50_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without its values."""
+    """What is known of a tensor without its values.
+
+    Attributes:
+        shape (`tuple[int, ...]`): Its shape.
+        dtype (`torch.dtype`): Its dtype.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_parameters(self) -> int:
+        """Values that the tensor has."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all values."""
         return self.num_parameters * self.dtype.itemsize
 
 
 class SafetensorsShard:
-    """A safetensors file. ValueError if it is damaged, or names or sizes in it are impossible."""
+    """A safetensors file.
+
+    Args:
+        path (`Path`): The file.
+
+    Raises:
+        ValueError: if it is damaged, or names or sizes in it are impossible.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -50,6 +67,14 @@ class SafetensorsShard:
             ) from error
 
     def infos(self) -> dict[str, TensorInfo]:
+        """Reads what the header says of all tensors.
+
+        Returns:
+            `dict[str, TensorInfo]`: Shape and dtype by name.
+
+        Raises:
+            ValueError: if a name or a dtype is none.
+        """
         infos = {}
         for name in self.file.keys():  # noqa: SIM118 -- no dict, and cannot be iterated
             check_tensor_name(name, self.path)
@@ -63,6 +88,14 @@ class SafetensorsShard:
         return infos
 
     def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor.
+
+        Args:
+            name (`str`): Its name, which must be there.
+
+        Returns:
+            `torch.Tensor` of any shape, in the file's dtype, on the CPU.
+        """
         return self.file.get_tensor(name)
 
 
@@ -115,9 +148,22 @@ class PickleShard:
         self.state_dict = state_dict
 
     def infos(self) -> dict[str, TensorInfo]:
+        """Tells shape and dtype of all tensors.
+
+        Returns:
+            `dict[str, TensorInfo]`: Shape and dtype by name.
+        """
         return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self.state_dict.items()}
 
     def read(self, name: str) -> torch.Tensor:
+        """Reads one tensor.
+
+        Args:
+            name (`str`): Its name, which must be there.
+
+        Returns:
+            `torch.Tensor` of any shape, in the file's dtype, on the CPU.
+        """
         return self.state_dict[name].detach()
 
 
@@ -174,5 +220,16 @@ def _kinds(value: Any) -> str:
 
 
 def open_shard(path: Path, entry: str | None = None) -> SafetensorsShard | PickleShard:
-    """The file at `path`, by its name's ending."""
+    """Opens a file of weights by its name's ending.
+
+    Args:
+        path (`Path`): The file.
+        entry (`str`, *optional*): Key of the tensors, where a pickle holds other things too.
+
+    Returns:
+        `SafetensorsShard` or `PickleShard`: The file.
+
+    Raises:
+        ValueError: if it is damaged or unsafe.
+    """
     return SafetensorsShard(path) if path.suffix == ".safetensors" else PickleShard(path, entry)

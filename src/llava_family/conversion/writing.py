@@ -5,6 +5,8 @@ Design choices:
 - A file has its name only when all of it is on the disk: it is written under a temporary name, synced and renamed.
 - Written here rather than by `safetensors.torch.save_file`, which wants all tensors of a file at once, in memory of
   their own. The files are those that it would write, to the last byte.
+
+Source: the format of safetensors, and the names of transformers' `save_pretrained`.
 """
 
 import json
@@ -52,7 +54,13 @@ ShardCallback = Callable[["Shard", str, Mapping[str, int]], None]
 
 @dataclass(frozen=True)
 class Shard:
-    """A file to be written: the steps that make its tensors, and these in the order of the file, after the cast."""
+    """A file to be written.
+
+    Attributes:
+        file (`str`): Its name.
+        steps (`tuple[ConversionStep, ...]`): What makes its tensors.
+        tensors (`Mapping[str, TensorInfo]`): These in the order of the file, after the cast.
+    """
 
     file: str
     steps: tuple[ConversionStep, ...]
@@ -60,12 +68,22 @@ class Shard:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(info.num_bytes for info in self.tensors.values())
 
 
 def check_output_folder(output: str | os.PathLike) -> Path:
-    """The absolute path of a folder that can be created; ValueError if it exists already and is not empty."""
+    """Checks that a folder can be created.
+
+    Args:
+        output (`str` or `os.PathLike`): The folder, new or empty.
+
+    Returns:
+        `Path`: Its absolute path.
+
+    Raises:
+        ValueError: if it is a file, or not empty.
+    """
     path = Path(output).resolve()
     if path.exists() and not path.is_dir():
         raise ValueError(f"The output must be a new folder, but {path} is a file. Choose another name.")
@@ -75,7 +93,15 @@ def check_output_folder(output: str | os.PathLike) -> Path:
 
 
 def move_to_output(incomplete: Path, output: Path) -> None:
-    """Gives a finished folder its name; ValueError if there is something meanwhile."""
+    """Gives a finished folder its name.
+
+    Args:
+        incomplete (`Path`): The folder.
+        output (`Path`): Its name.
+
+    Raises:
+        ValueError: if there is something of this name meanwhile.
+    """
     check_output_folder(output)
     if output.exists():
         output.rmdir()  # Windows renames over nothing, not even over an empty folder
@@ -88,6 +114,12 @@ def atomic_folder(output: str | os.PathLike) -> Iterator[Path]:
     """A folder to write to, `.<name>.incomplete-...` beside `output`, that is renamed to `output` at the end.
 
     Any exception, also a keyboard interrupt, removes it. Parents of `output` are created and stay.
+
+    Args:
+        output (`str` or `os.PathLike`): The folder, new or empty.
+
+    Yields:
+        `Path`: The folder to write to.
 
     Raises:
         ValueError: if `output` exists already and is not empty.
@@ -158,7 +190,19 @@ def write_sharded(
 def plan_shards(
     steps: Sequence[ConversionStep], dtype: torch.dtype | None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
-    """The files that `steps` are written to, see [`write_sharded`]."""
+    """Plans the files that [`write_sharded`] writes.
+
+    Args:
+        steps (`Sequence[ConversionStep]`): What is written.
+        dtype (`torch.dtype`, *optional*): Of all floating point outputs; theirs by default.
+        max_shard_bytes (`int`, *optional*, defaults to 5 GB): Tensor bytes per shard, exceeded only by a single step.
+
+    Returns:
+        `list[Shard]`: The files.
+
+    Raises:
+        ValueError: if safetensors has no such dtype.
+    """
     groups: list[list[ConversionStep]] = [[]]
     filled = 0
     for step in steps:
@@ -193,7 +237,7 @@ def write_shard(
     progress: Callable[[int], object],
     not_finite: dict[str, int],
 ) -> str:
-    """Writes one file and returns its SHA-256.
+    """Writes one file.
 
     Args:
         folder (`Path`): Existing folder.
@@ -202,6 +246,9 @@ def write_shard(
         dtype (`torch.dtype`, *optional*): Of all floating point outputs; theirs by default.
         progress (`Callable[[int], object]`): Called with the bytes of each tensor that was written.
         not_finite (`dict[str, int]`): Receives how many NaN and infinite values source tensors have, where any.
+
+    Returns:
+        `str`: Its hexadecimal SHA-256.
 
     Raises:
         ValueError: see [`write_sharded`]. The file does not appear then.
@@ -228,7 +275,15 @@ def write_shard(
 
 
 def write_file(path: Path, data: bytes) -> str:
-    """Writes a file that appears only when it is on the disk, and returns its SHA-256."""
+    """Writes a file that appears only when it is on the disk.
+
+    Args:
+        path (`Path`): The file.
+        data (`bytes`): Its content.
+
+    Returns:
+        `str`: Its hexadecimal SHA-256.
+    """
     with _new_file(path) as file:
         file.write(data)
         return file.finish()
@@ -283,7 +338,14 @@ def _convert(
 
 
 def count_not_finite(tensor: torch.Tensor) -> int:
-    """How many values are NaN or infinite."""
+    """Counts values that are NaN or infinite.
+
+    Args:
+        tensor (`torch.Tensor` of any shape and dtype): Integers are always finite.
+
+    Returns:
+        `int`: How many there are.
+    """
     if tensor.numel() == 0 or not tensor.dtype.is_floating_point:
         return 0
     # Forty times as fast as `isfinite`, which has the last word only where it is needed.
@@ -303,7 +365,15 @@ def _check_finite(name: str, original: torch.Tensor, cast: torch.Tensor):
 
 
 def check_free_space(folder: str | os.PathLike, num_bytes: int):
-    """ValueError unless so many bytes of weights, and all else that belongs to them, have room in `folder`."""
+    """Checks that weights, and all else that belongs to them, have room.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where they are to be written.
+        num_bytes (`int`): Bytes of the weights.
+
+    Raises:
+        ValueError: if the disk is too full.
+    """
     free = shutil.disk_usage(folder).free
     if free < num_bytes + RESERVED_BYTES:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""Finds out which family an original checkpoint is of, and opens it with the options that this family knows."""
+"""Finds out which family an original checkpoint is of, and opens it with the options that this family knows.
+
+Source: no counterpart: the original codes know one family each.
+"""
 
 import inspect
 import os
@@ -28,7 +31,13 @@ OPENERS: dict[str, Callable[..., AbstractContextManager[Conversion]]] = {
 
 
 def find_family(checkpoint: str | os.PathLike) -> str:
-    """The model type of an original checkpoint, by its configuration; LLaVA-MoLE's is a file without one.
+    """Tells the family of an original checkpoint by its configuration; LLaVA-MoLE's is a file without one.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): Folder, Hub repository or, of LLaVA-MoLE, file.
+
+    Returns:
+        `str`: Its model type here, such as `"llava_uhd"`.
 
     Raises:
         ValueError: if it is of none of the families.
@@ -62,6 +71,9 @@ def open_checkpoint(
         options (`Mapping[str, Any]`): Of the family's conversion, by name. None stands for an option's default.
         report (`Callable[[str], None]`, *optional*, defaults to `print`): Receives what is found, line by line.
 
+    Yields:
+        `Conversion`: The plan, as long as the files are open.
+
     Raises:
         ValueError: if it is of no family, damaged, or an option is not its family's or missing.
     """
@@ -90,7 +102,23 @@ def convert_checkpoint(
     report: Callable[[str], None] = print,
     allow_nan: bool = False,
 ) -> Path:
-    """Converts an original checkpoint of any family into the folder `output`, see [`open_checkpoint`]."""
+    """Converts an original checkpoint of any family into the folder `output`, which appears only when it is complete.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): Folder, Hub repository or, of LLaVA-MoLE, file.
+        output (`str` or `os.PathLike`): New or empty folder.
+        options (`Mapping[str, Any]`): Of the family's conversion, by name. None stands for an option's default.
+        push_to_hub (`str`, *optional*): Hub repository to upload the finished folder to.
+        report (`Callable[[str], None]`, *optional*, defaults to `print`): Receives what was done, line by line.
+        allow_nan (`bool`, *optional*, defaults to `False`): Whether to keep NaN and infinite values.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: if it is of no family, damaged, or an option is not its family's or missing.
+        FileNotFoundError: if a file or a folder is missing.
+    """
     check_options(options.get("dtype"), push_to_hub)
     path = check_output_folder(output)
     with open_checkpoint(checkpoint, options, report) as conversion:
@@ -107,6 +135,12 @@ def verify_checkpoint(
     """Compares a converted checkpoint with what its original makes, bit by bit.
 
     Options that are not given are those of the conversion, which its manifest has.
+
+    Args:
+        original (`str` or `os.PathLike`): Folder, Hub repository or, of LLaVA-MoLE, file.
+        converted (`str` or `os.PathLike`): Folder of the converted checkpoint.
+        options (`Mapping[str, Any]`): Of the family's conversion, by name. None stands for an option's default.
+        report (`Callable[[str], None]`, *optional*, defaults to `print`): Receives what is found, line by line.
 
     Returns:
         `list[str]`: What differs, tensor by tensor.

@@ -2,6 +2,8 @@
 
 The file may hold the trained tensors alone or the whole model: like in the original, whatever it holds is taken from
 it, and the rest from the language model and the vision tower that the training began with.
+
+Source: what the original code's training writes, and its inference reads.
 """
 
 import os
@@ -123,7 +125,15 @@ def open_llava_mole(
     dtype: str | None = None,
     report: Callable[[str], None] = print,
 ) -> Iterator[Conversion]:
-    """Opens `checkpoint` and plans its conversion, see [`convert_llava_mole_checkpoint`]."""
+    """Opens `checkpoint` and plans its conversion; arguments are as in [`convert_llava_mole_checkpoint`].
+
+    Yields:
+        `Conversion`: The plan, as long as the files are open.
+
+    Raises:
+        ValueError: if `routing` is unknown, or `checkpoint` makes no complete model with `vicuna` and `clip`.
+        FileNotFoundError: if a file or a folder is missing.
+    """
     if routing not in ROUTINGS:
         raise ValueError(f"`routing` (`--routing`) must be one of {', '.join(ROUTINGS)}, but is {routing!r}.")
     path = check_checkpoint_file(checkpoint)
@@ -171,7 +181,21 @@ def open_llava_mole(
 def settings_parts(
     vicuna_folder: Path, clip_folder: Path, text_config: LlavaMoleTextConfig, dtype: torch.dtype
 ) -> tuple[LlavaMoleConfig, LlavaMoleProcessor, GenerationConfig]:
-    """Configuration, processor and generation settings of the model with the text model of `text_config`."""
+    """Makes all that a converted model has beside weights.
+
+    Args:
+        vicuna_folder (`Path`): The language model that the training began with.
+        clip_folder (`Path`): The CLIP that the training began with.
+        text_config (`LlavaMoleTextConfig`): The text model.
+        dtype (`torch.dtype`): Of the weights.
+
+    Returns:
+        `tuple[LlavaMoleConfig, LlavaMoleProcessor, GenerationConfig]`: Configuration, processor and generation
+        settings.
+
+    Raises:
+        ValueError: if there is no tokenizer, or the language model has no embeddings for its tokens.
+    """
     processor = build_processor(vicuna_folder, clip_folder)
     config = LlavaMoleConfig(
         architectures=[LlavaMoleForCausalLM.__name__],
@@ -186,7 +210,18 @@ def settings_parts(
 
 
 def check_checkpoint_file(checkpoint: str | os.PathLike) -> Path:
-    """The path of the original's file; an error that says what there is instead."""
+    """Checks that an original checkpoint is a file.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): The file.
+
+    Returns:
+        `Path`: The file.
+
+    Raises:
+        ValueError: if it is a folder.
+        FileNotFoundError: if it is missing.
+    """
     path = Path(checkpoint)
     if path.is_dir():
         files = sorted(file.name for file in path.glob("*.pt"))
@@ -203,7 +238,17 @@ def check_checkpoint_file(checkpoint: str | os.PathLike) -> Path:
 
 
 def check_model_type(folder: Path, option: str, kind: str, expected: tuple[str, ...]) -> None:
-    """ValueError unless the folder's `config.json` says that its model is one of `expected`."""
+    """Checks that a folder's model is of the right kind.
+
+    Args:
+        folder (`Path`): With a `config.json`.
+        option (`str`): The option that named it, for the message.
+        kind (`str`): What it should be, for the message.
+        expected (`tuple[str, ...]`): The model types that are right.
+
+    Raises:
+        ValueError: if its `model_type` is another one, or there is no configuration.
+    """
     model_type = read_original_config(folder, kind).get("model_type")
     if model_type not in expected:
         raise ValueError(
@@ -215,7 +260,14 @@ def check_model_type(folder: Path, option: str, kind: str, expected: tuple[str, 
 def add_untrained(
     source: CheckpointTensors, reader: CheckpointReader, prefix: str, report: Callable[[str], None]
 ) -> None:
-    """Adds what the trained checkpoint does not have, by whatever name, of the model that the training began with."""
+    """Adds what the trained checkpoint does not have, by whatever name, of a model that the training began with.
+
+    Args:
+        source (`CheckpointTensors`): The trained tensors. Changed in place.
+        reader (`CheckpointReader`): The language model or the vision tower.
+        prefix (`str`): What the trained checkpoint puts before its names.
+        report (`Callable[[str], None]`): Receives how many tensors were taken.
+    """
     if prefix == VISION_TOWER:
         names = vision_tower_names(reader, prefix)
     else:
@@ -231,7 +283,15 @@ def add_untrained(
 
 
 def check_text_embeddings(path: Path, source: CheckpointTensors) -> None:
-    """ValueError if the original's second name of the text model's embeddings stands for others."""
+    """Checks that the original's second name of the text model's embeddings stands for the same values.
+
+    Args:
+        path (`Path`): The original's file, for the message.
+        source (`CheckpointTensors`): Its tensors.
+
+    Raises:
+        ValueError: if it stands for others.
+    """
     if not {TEXT_EMBED, EMBED_TOKENS} <= source.tensors.keys():
         return
     # The dtype that the original holds both in: Vicuna's own embeddings have more digits.
@@ -244,14 +304,33 @@ def check_text_embeddings(path: Path, source: CheckpointTensors) -> None:
 
 
 def text_config(llama_config: LlamaConfig, **settings) -> LlavaMoleTextConfig:
-    """The language model's configuration, with that of the experts."""
+    """Adds the experts to the language model's configuration.
+
+    Args:
+        llama_config (`LlamaConfig`): The language model.
+        settings: Of the experts, as [`LlavaMoleTextConfig`] has them.
+
+    Returns:
+        `LlavaMoleTextConfig`: Both.
+    """
     unlike = ("model_type", "architectures", "transformers_version", "_name_or_path")
     shared = {key: value for key, value in llama_config.to_dict().items() if key not in unlike}
     return LlavaMoleTextConfig(**shared, **settings)
 
 
 def build_processor(vicuna_folder: Path, clip_folder: Path) -> LlavaMoleProcessor:
-    """The processor of the language model's tokenizer and CLIP's preprocessing."""
+    """Makes a processor of the language model's tokenizer and CLIP's preprocessing.
+
+    Args:
+        vicuna_folder (`Path`): The language model.
+        clip_folder (`Path`): The vision tower.
+
+    Returns:
+        `LlavaMoleProcessor`: With padding on the left.
+
+    Raises:
+        ValueError: if there is no tokenizer.
+    """
     if not any((vicuna_folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         # transformers would make one that knows no words.
         raise ValueError(
@@ -264,7 +343,16 @@ def build_processor(vicuna_folder: Path, clip_folder: Path) -> LlavaMoleProcesso
 
 
 def set_image_tokens(config: LlavaMoleConfig, processor: LlavaMoleProcessor, vicuna_folder: Path) -> None:
-    """Makes placeholder and number of features the same in both; ValueError if other tokens have no embeddings."""
+    """Makes placeholder and number of features the same in configuration and processor.
+
+    Args:
+        config (`LlavaMoleConfig`): Changed in place.
+        processor (`LlavaMoleProcessor`): Changed in place.
+        vicuna_folder (`Path`): The language model, for the message.
+
+    Raises:
+        ValueError: if tokens other than the placeholder have no embeddings.
+    """
     vision_config: Any = config.vision_config
     text_config: Any = config.text_config
     # Those of all patches, between the start and the end embedding
@@ -278,7 +366,15 @@ def set_image_tokens(config: LlavaMoleConfig, processor: LlavaMoleProcessor, vic
 
 
 def generation_config(config: LlavaMoleConfig, processor: LlavaMoleProcessor) -> GenerationConfig:
-    """How the original generates. Vicuna's own settings are for sampling, which the original does not."""
+    """How the original generates. Vicuna's own settings are for sampling, which the original does not.
+
+    Args:
+        config (`LlavaMoleConfig`): The model.
+        processor (`LlavaMoleProcessor`): Its processor.
+
+    Returns:
+        `GenerationConfig`: With the original's penalty of repetition.
+    """
     ids = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token_id = getattr(config.text_config, name)
@@ -289,5 +385,16 @@ def generation_config(config: LlavaMoleConfig, processor: LlavaMoleProcessor) ->
 
 
 def plan_llava_mole(config: LlavaMoleConfig, tensors: Mapping[str, TensorInfo]) -> ConversionPlan:
-    """How `tensors` become the model of `config`; ValueError unless they are exactly its own."""
+    """Plans how tensors become a model.
+
+    Args:
+        config (`LlavaMoleConfig`): The model.
+        tensors (`Mapping[str, TensorInfo]`): Those of an original checkpoint, by their names there.
+
+    Returns:
+        `ConversionPlan`: What to do.
+
+    Raises:
+        ValueError: if they are not exactly the model's.
+    """
     return plan_for_model(LlavaMoleForCausalLM, config, tensors, original_weight_mapping(), UNUSED_ORIGINAL_WEIGHTS)

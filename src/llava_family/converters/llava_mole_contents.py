@@ -1,4 +1,7 @@
-"""What a file of LLaVA-MoLE's training tells about its experts: number and rank by its tensors, alpha by its name."""
+"""What a file of LLaVA-MoLE's training tells about its experts: number and rank by its tensors, alpha by its name.
+
+Source: the original code's names of tensors and files.
+"""
 
 import math
 import re
@@ -23,6 +26,17 @@ def trained_names(path: Path, reader: CheckpointReader, report: Callable[[str], 
     """The tensors' names without what a distributed training puts before all of them.
 
     The original ignores names that it does not know, and would run without any expert.
+
+    Args:
+        path (`Path`): The file, for the message.
+        reader (`CheckpointReader`): Its tensors.
+        report (`Callable[[str], None]`): Receives what was taken away.
+
+    Returns:
+        `dict[str, str]`: New name by the file's name.
+
+    Raises:
+        ValueError: if there is no expert.
     """
     names = {name: name for name in reader.tensors}
     if all(name.startswith("module.") for name in names):
@@ -38,7 +52,19 @@ def trained_names(path: Path, reader: CheckpointReader, report: Callable[[str], 
 
 
 def infer_experts(path: Path, tensors: Mapping[str, TensorInfo], num_layers: int) -> tuple[int, int]:
-    """Reads number and rank of the experts off the tensors; ValueError if layers differ, or are not `num_layers`."""
+    """Reads number and rank of the experts off the tensors.
+
+    Args:
+        path (`Path`): The file, for the message.
+        tensors (`Mapping[str, TensorInfo]`): Its tensors.
+        num_layers (`int`): Layers of the language model.
+
+    Returns:
+        `tuple[int, int]`: Number of experts, and their rank.
+
+    Raises:
+        ValueError: if layers differ, or are not `num_layers`.
+    """
     experts: dict[str, dict[int, set[int]]] = {projection: {} for projection in PROJECTIONS}
     adapters: dict[str, set[int]] = {projection: set() for projection in ATTENTION_PROJECTIONS}
     routers: dict[int, int] = {}
@@ -97,6 +123,18 @@ def find_alpha(path: Path, num_experts: int, rank: int, lora_alpha: float | None
     """`lora_alpha` of the training, which no tensor tells: the file's name does, or the caller.
 
     A wrong one scales what all experts add, and nothing else would notice.
+
+    Args:
+        path (`Path`): The file.
+        num_experts (`int`): By its tensors.
+        rank (`int`): By its tensors.
+        lora_alpha (`float`, *optional*): By the caller.
+
+    Returns:
+        `float` or `int`: The alpha.
+
+    Raises:
+        ValueError: if nothing tells it, name and caller differ, or the name does not fit the tensors.
     """
     in_name: dict[str, set[float]] = {"r": set(), "a": set(), "e": set()}
     for letter, digits in re.findall(r"(?<![^_.-])([rae])(\d+(?:\.\d+)?)(?![^_.-])", path.stem):

@@ -1,6 +1,8 @@
 """Converts LLaVA-UHD releases of the original code.
 
 The projector comes from the release's shards: its `mm_projector.bin` is a left-over of the first training stage.
+
+Source: what the original code's training writes, and its `load_pretrained_model` reads.
 """
 
 import os
@@ -84,7 +86,15 @@ def open_llava_uhd(
     dtype: str | None = None,
     report: Callable[[str], None] = print,
 ) -> Iterator[Conversion]:
-    """Opens `checkpoint` and plans its conversion, see [`convert_llava_uhd_checkpoint`]."""
+    """Opens `checkpoint` and plans its conversion; arguments are as in [`convert_llava_uhd_checkpoint`].
+
+    Yields:
+        `Conversion`: The plan, as long as the files are open.
+
+    Raises:
+        ValueError: if `checkpoint` is no complete LLaVA-UHD release.
+        FileNotFoundError: if a folder is missing.
+    """
     folder = resolve_checkpoint(checkpoint, CHECKPOINT_PATTERNS)
     check_original_release(folder)
     vision_folder = None if vision_tower is None else resolve_checkpoint(vision_tower, VISION_TOWER_PATTERNS)
@@ -118,14 +128,32 @@ def open_llava_uhd(
 
 
 def plan_llava_uhd(config: LlavaUhdConfig, tensors: Mapping[str, TensorInfo]) -> ConversionPlan:
-    """How `tensors` become the model of `config`; ValueError unless they are exactly its own."""
+    """Plans how tensors become a model.
+
+    Args:
+        config (`LlavaUhdConfig`): The model.
+        tensors (`Mapping[str, TensorInfo]`): Those of an original checkpoint, by their names there.
+
+    Returns:
+        `ConversionPlan`: What to do.
+
+    Raises:
+        ValueError: if they are not exactly the model's.
+    """
     vision_config: Any = config.vision_config
     unused = unused_original_weights(vision_config)
     return plan_for_model(LlavaUhdForConditionalGeneration, config, tensors, original_weight_mapping(), unused)
 
 
 def check_original_release(folder: Path):
-    """ValueError unless `folder` is a final LLaVA-UHD checkpoint of the original code."""
+    """Checks that a folder is a final LLaVA-UHD checkpoint of the original code.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Raises:
+        ValueError: if it is another one, converted already, or of the first training stage.
+    """
     config = read_original_config(folder, "LLaVA-UHD")
     if not is_original_config(config):
         found = {key: config.get(key) for key in ("model_type", "mm_projector_type")}

@@ -2,6 +2,8 @@
 
 The releases, the dense models of the second stage, unmerged LoRA adapters on the experts, and the first stage's
 projector with the language model that it was trained for.
+
+Source: what the original code's training writes, and its `load_pretrained_model` reads.
 """
 
 import os
@@ -102,7 +104,15 @@ def open_moe_llava(
     dtype: str | None = None,
     report: Callable[[str], None] = print,
 ) -> Iterator[Conversion]:
-    """Opens `checkpoint` and plans its conversion, see [`convert_moe_llava_checkpoint`]."""
+    """Opens `checkpoint` and plans its conversion; arguments are as in [`convert_moe_llava_checkpoint`].
+
+    Yields:
+        `Conversion`: The plan, as long as the files are open.
+
+    Raises:
+        ValueError: if `checkpoint` is no complete MoE-LLaVA checkpoint.
+        FileNotFoundError: if a folder is missing.
+    """
     folder = resolve_checkpoint(checkpoint, CHECKPOINT_PATTERNS)
     original_config = check_original_checkpoint(folder, has_base=base is not None)
     base_folder = None if base is None else resolve_checkpoint(base, BASE_PATTERNS)
@@ -139,7 +149,19 @@ def open_moe_llava(
 
 
 def check_original_checkpoint(folder: Path, has_base: bool) -> dict[str, Any]:
-    """The original's configuration in `folder`; ValueError unless there is all that a conversion needs."""
+    """Checks that a folder has all that a conversion needs.
+
+    Args:
+        folder (`Path`): The folder.
+        has_base (`bool`): Whether a language model is given beside it.
+
+    Returns:
+        `dict[str, Any]`: The original's configuration.
+
+    Raises:
+        ValueError: if it is another checkpoint, an adapter alone, or of the first training stage without its language
+            model.
+    """
     config = read_original_config(folder, "MoE-LLaVA")
     if not is_original_config(config):
         found = {key: config.get(key) for key in ("model_type", "mm_image_tower")}
@@ -176,7 +198,22 @@ def choose_vision_tower(
     stack: ExitStack,
     report: Callable[[str], None],
 ) -> list[tuple[str, Path]]:
-    """Keeps the checkpoint's own vision tower, or takes that of `tower_folder`, whose files it returns."""
+    """Keeps the checkpoint's own vision tower, or takes a given one.
+
+    Args:
+        source (`CheckpointTensors`): The checkpoint's tensors. Changed in place.
+        folder (`Path`): The checkpoint, for the message.
+        tower_folder (`Path`, *optional*): The tower to take.
+        original_config (`dict[str, Any]`): The original's configuration.
+        stack (`ExitStack`): Closes what is opened here.
+        report (`Callable[[str], None]`): Receives what was done.
+
+    Returns:
+        `list[tuple[str, Path]]`: Files of the tower that was taken, each with its role.
+
+    Raises:
+        ValueError: if there is none.
+    """
     marker = ".image_tower.image_tower."
     own = next((name.partition(marker)[0] for name in source.tensors if marker in name), None)
     if tower_folder is not None:
@@ -194,7 +231,16 @@ def choose_vision_tower(
 
 
 def set_image_token(config: MoeLlavaConfig, processor: MoeLlavaProcessor, settings: Path) -> None:
-    """Makes the placeholder the processor's; ValueError if other tokens have no embeddings."""
+    """Makes the placeholder of a configuration that of the processor.
+
+    Args:
+        config (`MoeLlavaConfig`): Changed in place.
+        processor (`MoeLlavaProcessor`): Whose placeholder it becomes.
+        settings (`Path`): Folder of the tokenizer, for the message.
+
+    Raises:
+        ValueError: if tokens other than the placeholder have no embeddings.
+    """
     vocabulary_size = config.get_text_config().vocab_size
     if processor.image_token_id > vocabulary_size:
         raise ValueError(
@@ -205,7 +251,15 @@ def set_image_token(config: MoeLlavaConfig, processor: MoeLlavaProcessor, settin
 
 
 def check_feature_layer(config: MoeLlavaConfig, folder: Path) -> None:
-    """ValueError unless the vision tower has the layer that features are taken from."""
+    """Checks that the vision tower has the layer that features are taken from.
+
+    Args:
+        config (`MoeLlavaConfig`): The model.
+        folder (`Path`): The checkpoint, for the message.
+
+    Raises:
+        ValueError: if it has not.
+    """
     vision_config: Any = config.vision_config
     num_layers, layer = vision_config.num_hidden_layers, config.vision_feature_layer
     if not isinstance(layer, int) or not -num_layers <= layer + 1 <= num_layers + 1:
@@ -216,7 +270,17 @@ def check_feature_layer(config: MoeLlavaConfig, folder: Path) -> None:
 
 
 def generation_config(folder: Path, base_folder: Path | None, processor: MoeLlavaProcessor) -> GenerationConfig:
-    """The checkpoint's, or its language model's, with the special tokens that it lacks: Phi's has none."""
+    """The checkpoint's generation settings, or its language model's, with the special tokens that they lack: Phi's has
+    none.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        base_folder (`Path`, *optional*): Its language model.
+        processor (`MoeLlavaProcessor`): Whose tokenizer tells special tokens.
+
+    Returns:
+        `GenerationConfig`: The settings.
+    """
     places = [place for place in (folder, base_folder) if place and (place / "generation_config.json").is_file()]
     config = GenerationConfig.from_pretrained(places[0]) if places else GenerationConfig()
     for name in ("eos_token_id", "pad_token_id"):
@@ -229,7 +293,20 @@ def generation_config(folder: Path, base_folder: Path | None, processor: MoeLlav
 def plan_moe_llava(
     config: MoeLlavaConfig, tensors: Mapping[str, TensorInfo], ignore_head_bias: bool = False
 ) -> ConversionPlan:
-    """How `tensors` become the model of `config`; ValueError unless they are exactly its own."""
+    """Plans how tensors become a model.
+
+    Args:
+        config (`MoeLlavaConfig`): The model.
+        tensors (`Mapping[str, TensorInfo]`): Those of an original checkpoint, by their names there.
+        ignore_head_bias (`bool`, *optional*, defaults to `False`): Whether to leave out a bias of the language
+            modeling head, as Phi-2 itself has.
+
+    Returns:
+        `ConversionPlan`: What to do.
+
+    Raises:
+        ValueError: if they are not exactly the model's.
+    """
     unused = dict(UNUSED_ORIGINAL_WEIGHTS)
     if ignore_head_bias and config.get_text_config().model_type == "moe_llava_phi_text":
         unused[r"^lm_head\.bias$"] = "since the original trains Phi's language modeling head without its bias"

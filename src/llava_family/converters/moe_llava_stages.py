@@ -1,4 +1,7 @@
-"""What the stages of MoE-LLaVA's training leave besides releases: a projector alone, unmerged adapters, odd names."""
+"""What the stages of MoE-LLaVA's training leave besides releases: a projector alone, unmerged adapters, odd names.
+
+Source: what the original code's training writes in each stage.
+"""
 
 import json
 import os
@@ -31,6 +34,12 @@ def release_names(reader: CheckpointReader) -> dict[str, str]:
     """The tensors' names without what PEFT puts before them.
 
     The original takes it away when it saves, but of Qwen's, `base_model.model.transformer.`, only the first part.
+
+    Args:
+        reader (`CheckpointReader`): The checkpoint.
+
+    Returns:
+        `dict[str, str]`: New name by old name.
     """
     names = {name: name.removeprefix("base_model.") for name in reader.tensors}
     if "model.lm_head.weight" in names.values():
@@ -41,7 +50,20 @@ def release_names(reader: CheckpointReader) -> dict[str, str]:
 def add_first_stage(
     source: CheckpointTensors, folder: Path, base_folder: Path, stack: ExitStack
 ) -> list[tuple[str, Path]]:
-    """Adds a language model and the projector that the first stage trained for it; returns their files."""
+    """Adds a language model and the projector that the first stage trained for it.
+
+    Args:
+        source (`CheckpointTensors`): Receives the tensors.
+        folder (`Path`): The first stage's output.
+        base_folder (`Path`): The language model.
+        stack (`ExitStack`): Closes what is opened here.
+
+    Returns:
+        `list[tuple[str, Path]]`: Their files, each with its role.
+
+    Raises:
+        ValueError: if the language model is a multimodal one.
+    """
     base = stack.enter_context(CheckpointReader(base_folder))
     multimodal = [name for name in base.tensors if "mm_projector" in name or "image_tower" in name]
     if multimodal:
@@ -59,7 +81,15 @@ def add_first_stage(
 
 @contextmanager
 def first_stage_settings(folder: Path, base_folder: Path) -> Iterator[Path]:
-    """A folder with configuration and tokenizer, as later stages have it: the first writes no tokenizer."""
+    """A folder with configuration and tokenizer, as later stages have it: the first writes no tokenizer.
+
+    Args:
+        folder (`Path`): The first stage's output.
+        base_folder (`Path`): The language model.
+
+    Yields:
+        `Path`: A temporary folder.
+    """
     with TemporaryDirectory() as parent:
         settings = Path(parent, folder.resolve().name)
         settings.mkdir()
@@ -73,7 +103,11 @@ def first_stage_settings(folder: Path, base_folder: Path) -> Iterator[Path]:
 
 
 def add_phi_padding(settings: Path) -> None:
-    """Adds the padding token behind all others, as the original's training does with Phi's tokenizer."""
+    """Adds the padding token behind all others, as the original's training does with Phi's tokenizer.
+
+    Args:
+        settings (`Path`): Folder of the tokenizer, whose files are changed.
+    """
     vocabulary, added, config = (
         json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for path in (settings / name for name in ("vocab.json", "added_tokens.json", "tokenizer_config.json"))
@@ -98,7 +132,21 @@ def merge_adapters(
     lora_alpha: float | None,
     report: Callable[[str], None],
 ) -> float | None:
-    """Merges LoRA adapters, where there are any, and returns their alpha."""
+    """Merges LoRA adapters, where there are any.
+
+    Args:
+        source (`CheckpointTensors`): Changed in place.
+        folder (`Path`): The checkpoint.
+        original_config (`dict[str, Any]`): Its configuration.
+        lora_alpha (`float`, *optional*): By the caller.
+        report (`Callable[[str], None]`): Receives how many were merged.
+
+    Returns:
+        `float`: Their alpha; None if there are none.
+
+    Raises:
+        ValueError: if there are adapters and nothing tells their alpha, or there are none and `lora_alpha` is given.
+    """
     if has_lora(source):
         alpha, rank = lora_settings(folder, original_config, lora_alpha)
         count = merge_lora(source, alpha, rank)
@@ -115,6 +163,17 @@ def lora_settings(folder: Path, original_config: dict[str, Any], lora_alpha: flo
     """Alpha and rank of the training.
 
     The original deletes adapter_config.json when training ends; some versions note both in config.json, as `lora`.
+
+    Args:
+        folder (`Path`): The checkpoint.
+        original_config (`dict[str, Any]`): Its configuration.
+        lora_alpha (`float`, *optional*): By the caller.
+
+    Returns:
+        `tuple[float, int | None]`: Alpha, and the rank where a file tells it.
+
+    Raises:
+        ValueError: if nothing tells alpha, places differ, or adapters are not plain LoRA.
     """
     adapter_path, config_path = folder / "adapter_config.json", folder / "config.json"
     adapter = read_json(adapter_path, "an adapter's configuration") if os.path.lexists(adapter_path) else {}
@@ -143,7 +202,17 @@ def lora_settings(folder: Path, original_config: dict[str, Any], lora_alpha: flo
 
 
 def one_number(numbers: Mapping[str, Any]) -> float | None:
-    """The number that all places agree on, of those that have one."""
+    """The number that all places agree on, of those that have one.
+
+    Args:
+        numbers (`Mapping[str, Any]`): Numbers by place; None where a place has none.
+
+    Returns:
+        `float`: The number; None if no place has one.
+
+    Raises:
+        ValueError: if they differ, or one is no number.
+    """
     found = {place: number for place, number in numbers.items() if number is not None}
     if any(not isinstance(number, (int, float)) for number in found.values()) or len(set(found.values())) > 1:
         stated = ", ".join(f"{place} is {number!r}" for place, number in found.items())

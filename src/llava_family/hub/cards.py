@@ -1,4 +1,7 @@
-"""The model card of an exported repository: that of the release that the weights are of, or a generic one."""
+"""The model card of an exported repository: that of the release that the weights are of, or a generic one.
+
+Source: the Hub's model cards, and `ModelCard` of huggingface_hub.
+"""
 
 import re
 from collections.abc import Callable
@@ -56,13 +59,28 @@ ORIGINAL = (
 
 
 def package_file(name: str) -> Path:
-    """A file or folder of the repository's top, from wherever this package runs."""
+    """Finds a file or folder of the repository's top, from wherever this package runs.
+
+    Args:
+        name (`str`): Its name.
+
+    Returns:
+        `Path`: Inside of the installed package, or of the checked out repository.
+    """
     packaged = HERE / name
     return packaged if packaged.exists() else REPOSITORY / name
 
 
 def architecture(config: PreTrainedConfig) -> tuple[str, int, int, int | None]:
-    """What tells releases apart, see `ARCHITECTURES`."""
+    """What tells releases apart, see `ARCHITECTURES`.
+
+    Args:
+        config (`PreTrainedConfig`): Of the model.
+
+    Returns:
+        `tuple[str, int, int, int | None]`: Model type, width and layers of the text model, and the vision tower's
+        image size in pixels.
+    """
     text = config.text_config
     image_size = getattr(config.vision_config, "image_size", None)  # which not every vision tower has
     return text.model_type, text.hidden_size, text.num_hidden_layers, image_size
@@ -80,6 +98,9 @@ def model_card(card: str | None, name: str, model: str, checkpoint: Checkpoint, 
         model (`str`): Folder or Hub repository of the checkpoint.
         checkpoint (`Checkpoint`): What is exported.
         report (`Callable[[str], None]`): Receives which card was chosen, and why.
+
+    Returns:
+        `str`: In Markdown.
 
     Raises:
         ValueError: if there is no card of that name, or it is of a model of other sizes.
@@ -108,7 +129,19 @@ def model_card(card: str | None, name: str, model: str, checkpoint: Checkpoint, 
 
 
 def release_card(stem: str, name: str, is_original: bool) -> str:
-    """The card of a release, made to fit a repository `name` with code and weights in the original's layout or not."""
+    """The card of a release, made to fit a repository.
+
+    Args:
+        stem (`str`): Name of the card.
+        name (`str`): Of the repository.
+        is_original (`bool`): Whether its weights are in the original's layout.
+
+    Returns:
+        `str`: In Markdown.
+
+    Raises:
+        ValueError: if the card is not like those of all releases.
+    """
     path = package_file("model_cards") / f"{stem}.md"
     text = path.read_text(encoding="utf-8")
     text = _replace(text, path, r"\ntags:\n((?:- .+\n)+)", r"\ntags:\n\1- custom_code\n")
@@ -136,7 +169,15 @@ def _replace(text: str, path: Path, pattern: str, replacement: str) -> str:
 
 
 def generic_card(name: str, checkpoint: Checkpoint) -> str:
-    """A card that tells what is known of a checkpoint from its files alone."""
+    """A card that tells what is known of a checkpoint from its files alone.
+
+    Args:
+        name (`str`): Of the repository.
+        checkpoint (`Checkpoint`): What is exported.
+
+    Returns:
+        `str`: In Markdown.
+    """
     short, paper, arxiv = PAPERS[checkpoint.family.model_type]
     content = [{"type": "image"}, {"type": "text", "text": "What is in this picture?"}]
     messages = [{"role": "user", "content": content}]

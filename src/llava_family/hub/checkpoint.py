@@ -1,4 +1,7 @@
-"""Reads a checkpoint for its export: everything but the values of its weights."""
+"""Reads a checkpoint for its export: everything but the values of its weights.
+
+Source: transformers' `from_pretrained`.
+"""
 
 import os
 from collections.abc import Mapping
@@ -33,7 +36,17 @@ VISION_TOWER_ARGUMENTS = {"llava_uhd": "mm_vision_tower", "moe_llava": "mm_image
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is exported; `is_original` says whether it is of a family's original code, weights included."""
+    """What is exported.
+
+    Attributes:
+        folder (`Path`): Where it lies.
+        files (`list[str]`): Its files of weights, and their index.
+        num_parameters (`int`): Values in these.
+        config (`PreTrainedConfig`): Its configuration.
+        family (`Family`): Whose model it is.
+        processor (`ProcessorMixin`): Its processor.
+        is_original (`bool`): Whether it is of a family's original code, weights included.
+    """
 
     folder: Path
     files: list[str]
@@ -45,7 +58,16 @@ class Checkpoint:
 
 
 def read_checkpoint(model: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> Checkpoint:
-    """Reads all of a checkpoint but the weights' values; arguments and errors are those of [`export_model`]."""
+    """Reads all of a checkpoint but the weights' values; arguments are as in [`export_model`].
+
+    Returns:
+        `Checkpoint`: What is exported.
+
+    Raises:
+        ValueError: if it is of none of the families or not complete safetensors, or `vision_tower` does not belong to
+            it.
+        FileNotFoundError: if a folder is missing.
+    """
     folder = resolve_checkpoint(model, EXPORT_PATTERNS)
     original, arguments = _original_arguments(folder, vision_tower)
     config = AutoConfig.from_pretrained(folder, **arguments)

@@ -1,4 +1,7 @@
-"""The code of a Hub repository: the files that a checkpoint needs, and what the Auto classes find in them."""
+"""The code of a Hub repository: the files that a checkpoint needs, and what the Auto classes find in them.
+
+Source: the custom code of transformers' `trust_remote_code`, and its `auto_map`.
+"""
 
 from typing import Any
 
@@ -55,7 +58,17 @@ TEXT_CONFIG_SOURCE = "\nfrom .{module} import {config}  # noqa: E402, F401 -- re
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family whose model `config` is of; ValueError if it is of none."""
+    """The family of a model.
+
+    Args:
+        config (`PreTrainedConfig`): Of the model.
+
+    Returns:
+        `Family`: The family.
+
+    Raises:
+        ValueError: if it is of none.
+    """
     for family in FAMILIES:
         if family.model_type == config.model_type:
             return family
@@ -66,7 +79,17 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def repository_code(config: PreTrainedConfig) -> dict[str, str]:
-    """Source by file name of all that loads a checkpoint of `config`, in one flat folder."""
+    """All that loads a checkpoint, in one flat folder.
+
+    Args:
+        config (`PreTrainedConfig`): Of the checkpoint.
+
+    Returns:
+        `dict[str, str]`: Source by file name.
+
+    Raises:
+        ValueError: if it is of no family, or the code cannot be flattened.
+    """
     family = family_of(config)
     text_family, text_part = _text_part(config, family)
     modules = [_module_path(family, kind) for kind in PUBLIC_MODULES]
@@ -88,7 +111,14 @@ def repository_code(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def auto_map(config: PreTrainedConfig) -> dict[str, Any]:
-    """What every Auto class of transformers finds in the repository."""
+    """What every Auto class of transformers finds in the repository.
+
+    Args:
+        config (`PreTrainedConfig`): Of the checkpoint.
+
+    Returns:
+        `dict[str, Any]`: Class, or classes, by Auto class.
+    """
     family = family_of(config)
     head = _reference(family, "modeling", family.head)
     heads = ["AutoModelForImageTextToText", "AutoModelForMultimodalLM"] + ["AutoModelForCausalLM"] * family.causal_lm

@@ -4,6 +4,8 @@ Design choices:
 - Weights are copied byte by byte, in whatever layout they are: the exported code maps an original's when it loads.
 - Everything else is read by the classes of the family and written anew, in transformers' own format.
 - The output appears when it is complete, with a checksum of every file.
+
+Source: transformers' `custom_object_save`, which copies one file's relative imports alone.
 """
 
 import hashlib
@@ -77,7 +79,16 @@ def export_model(
 
 
 def write_repository(folder: Path, checkpoint: Checkpoint, card: str) -> None:
-    """Writes all files of the repository into an empty folder."""
+    """Writes all files of the repository.
+
+    Args:
+        folder (`Path`): An empty folder.
+        checkpoint (`Checkpoint`): What is exported.
+        card (`str`): The model card, in Markdown.
+
+    Raises:
+        ValueError: if the disk is too full.
+    """
     checksums = _copy_weights(checkpoint.folder, checkpoint.files, folder)
     _write_settings(folder, checkpoint)
     for file, source in repository_code(checkpoint.config).items():

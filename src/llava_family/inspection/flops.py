@@ -11,6 +11,8 @@ operations of the implementation and not those of a formula. It counts as the LL
 - Attention counts as two full products, `4 * length**2 * hidden_size` FLOPs per layer. It is not halved for causality.
 - Every implementation is charged what it runs: in-tree CLIP runs all 24 layers although LLaVA uses the output of the
   23rd, LLaVA-UHD's vision tower ends with the layer that it uses.
+
+Source: the comparison of FLOPs in the LLaVA-UHD paper; torch's `FlopCounterMode`.
 """
 
 import copy
@@ -61,6 +63,7 @@ class FlopReport:
 
     @property
     def total(self) -> int:
+        """FLOPs of all parts together."""
         return self.vision_tower + self.projector + self.language_model + self.lm_head
 
 
@@ -76,9 +79,13 @@ def count_flops(config: PreTrainedConfig, width: int, height: int) -> FlopReport
         width (`int`): Width of the image in pixels, before any resizing by the image processor.
         height (`int`): Height of the image in pixels.
 
+    Returns:
+        `FlopReport`: FLOPs by part, and the number of views and tokens.
+
     Raises:
         TypeError: if `config` is of another family.
         ValueError: if the size is no image size.
+        RuntimeError: if FLOPs lie outside of the parts, which would be missing in the report.
     """
     if width < 1 or height < 1:
         raise ValueError(f"`width` and `height` must be positive, but are {width} and {height}.")

@@ -3,6 +3,8 @@
 MoE-LLaVA's released code gathers this for its paper's figures 4 to 6 from a whole evaluation without a cache, and
 takes every image for 576 tokens. Here hooks read the router of every sparse layer, and the token ids and the padding
 of the same forward pass, so any number of images, tokens and forward passes is right, among them those of `generate`.
+
+Source: MoE-LLaVA's figures 4 to 6 and its released code.
 """
 
 import inspect
@@ -20,6 +22,7 @@ from ..llava_mole.layers_llava_mole import MoleRouter
 from ..moe_llava.modeling_moe_llava import MoeLlavaRouter, route_tokens
 
 
+# What a token is of
 Modality = Literal["image", "text", "padding"]
 
 # What a token is. `UNKNOWN` are those of a forward pass that saw embeddings instead of token ids.
@@ -152,6 +155,9 @@ class RoutingRecorder:
 
         Of nested blocks the innermost one counts.
 
+        Args:
+            name (`str`): Name of the domain, such as `"document"`.
+
         Raises:
             ValueError: if the name is no text, or empty.
         """
@@ -268,11 +274,27 @@ class RoutingRecorder:
         return logits
 
     def num_tokens(self, modality: Modality | None = None, *, domain: str | None = None) -> int:
-        """Recorded tokens of a modality; of all but padding for None. Each counts once, not once per layer."""
+        """Counts recorded tokens. Each counts once, not once per layer.
+
+        Args:
+            modality (`"image"`, `"text"` or `"padding"`, *optional*): Of all tokens but padding by default.
+            domain (`str`, *optional*): One of `domains`; of all passes by default, those without a domain too.
+
+        Returns:
+            `int`: The number of tokens.
+
+        Raises:
+            ValueError: if the modality or the domain is unknown.
+        """
         return sum(int(mask.sum()) for _, mask in self._masks(modality, domain))
 
     @property
     def num_experts(self) -> int:
+        """Experts of every sparse layer.
+
+        Raises:
+            ValueError: if nothing was recorded.
+        """
         self._check_recorded()
         return self._passes[0].logits.shape[-1]
 
@@ -284,13 +306,16 @@ class RoutingRecorder:
     def loads(
         self, modality: Modality | None = None, top_k: bool = False, *, domain: str | None = None
     ) -> torch.Tensor:
-        """Share of the tokens that every expert gets, `(layers, experts)` in float64; each layer adds up to 1.
+        """Share of the tokens that every expert gets; each layer adds up to 1.
 
         Args:
             modality (`"image"`, `"text"` or `"padding"`, *optional*): Of all tokens but padding by default.
             top_k (`bool`, *optional*, defaults to `False`): Counts first and second choices alike, where the model has
                 second ones. The paper's figures count first choices.
             domain (`str`, *optional*): One of `domains`; of all passes by default, those without a domain too.
+
+        Returns:
+            `torch.DoubleTensor` of shape `(layers, experts)`, float64, on the CPU.
 
         Raises:
             ValueError: if no such token was recorded, or the domain is unknown.
@@ -302,22 +327,44 @@ class RoutingRecorder:
         return counts.double() / (chosen.shape[1] * num_choices)
 
     def mean_probabilities(self, modality: Modality | None = None, *, domain: str | None = None) -> torch.Tensor:
-        """Mean of the router's probabilities, `(layers, experts)` in float64; each layer adds up to 1.
+        """Mean of the router's probabilities; each layer adds up to 1.
 
-        Under dense routing these are the weights of the experts' outputs.
+        Under dense routing these are the weights of the experts' outputs. Its arguments are as in
+        [`RoutingRecorder.loads`].
+
+        Returns:
+            `torch.DoubleTensor` of shape `(layers, experts)`, float64, on the CPU.
+
+        Raises:
+            ValueError: if no such token was recorded, or the domain is unknown.
         """
         return self._select(modality, domain).double().softmax(dim=-1).mean(dim=1)
 
     def entropies(self, modality: Modality | None = None, *, domain: str | None = None) -> torch.Tensor:
-        """Mean entropy of the router's probabilities in nats, `(layers,)` in float64.
+        """Mean entropy of the router's probabilities in nats.
 
-        0 where the router is certain of every token, `log(experts)` where it has no preference.
+        0 where the router is certain of every token, `log(experts)` where it has no preference. Its arguments are as
+        in [`RoutingRecorder.loads`].
+
+        Returns:
+            `torch.DoubleTensor` of shape `(layers,)`, float64, on the CPU.
+
+        Raises:
+            ValueError: if no such token was recorded, or the domain is unknown.
         """
         log_probabilities = self._select(modality, domain).double().log_softmax(dim=-1)
         return -(log_probabilities.exp() * log_probabilities).sum(dim=-1).mean(dim=1)
 
     def pathways(self, modality: Modality | None = None, *, domain: str | None = None) -> torch.Tensor:
-        """The first-choice expert of every token in every layer, `(tokens, layers)`, in the order of the tokens."""
+        """The first-choice expert of every token in every layer. Its arguments are as in [`RoutingRecorder.loads`].
+
+        Returns:
+            `torch.LongTensor` of shape `(tokens, layers)`, int64, on the CPU: Indices of experts, in the order of the
+            tokens.
+
+        Raises:
+            ValueError: if no such token was recorded, or the domain is unknown.
+        """
         return self._select(modality, domain).softmax(dim=-1).argmax(dim=-1).T
 
 

@@ -2,6 +2,8 @@
 
 All functions take a [`RoutingRecorder`] that has recorded something, return a matplotlib figure, and save it too where
 a `path` is given. The figures belong to no window system and to no global state of pyplot.
+
+Source: figures 4 to 6 of the MoE-LLaVA paper and its released code; the experts by domain follow LLaVA-MoLE's paper.
 """
 
 import math
@@ -39,6 +41,17 @@ def plot_expert_loads(recorder: RoutingRecorder, path: str | os.PathLike | None 
 
     In the panels of single experts text counts as often as image, however many tokens there are of each: an expert
     that takes 30 % of the text and 10 % of the image shows as 75 % text. Gaps are layers in which it gets no token.
+
+    Args:
+        recorder (`RoutingRecorder`): Which has recorded something.
+        path (`str` or `os.PathLike`, *optional*): PNG file to write.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if neither text nor image tokens were recorded.
     """
     modalities = [name for name in MODALITY_COLORS if recorder.num_tokens(name)]
     if not modalities:
@@ -78,7 +91,19 @@ def plot_expert_loads(recorder: RoutingRecorder, path: str | os.PathLike | None 
 
 
 def plot_modality_loads(recorder: RoutingRecorder, path: str | os.PathLike | None = None) -> "Figure":
-    """Load of every expert in every sparse layer, for text and for image tokens (figure 5)."""
+    """Load of every expert in every sparse layer, for text and for image tokens (figure 5).
+
+    Args:
+        recorder (`RoutingRecorder`): Which has recorded something.
+        path (`str` or `os.PathLike`, *optional*): PNG file to write.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if nothing was recorded.
+    """
     figure = _figure((2 * max(4.5, 1.5 + 0.45 * len(recorder.layer_indices)), 3.8))
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, name in zip((left, right), MODALITY_COLORS, strict=True):
@@ -113,7 +138,11 @@ def plot_domain_routing(
         weights (`bool`, *optional*, defaults to `False`): Shows the router's mean probabilities in place of the share
             of first choices: what experts contribute under dense routing.
 
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
     Raises:
+        ImportError: if matplotlib is not installed.
         ValueError: if no domain was recorded, or a layer has no router.
     """
     domains = recorder.domains
@@ -192,6 +221,17 @@ def plot_pathways(recorder: RoutingRecorder, path: str | os.PathLike | None = No
 
     As in the paper, the curves are no single tokens but the principal components of all tokens' pathways, each scaled
     to the range of the experts and rounded. The two strongest are highlighted.
+
+    Args:
+        recorder (`RoutingRecorder`): Which has recorded something.
+        path (`str` or `os.PathLike`, *optional*): PNG file to write.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if nothing was recorded.
     """
     figure = _figure((max(7.5, 1.5 + 0.6 * len(recorder.layer_indices)), 5.6))
     for axes, name in zip(figure.subplots(2, 1), HIGHLIGHTS, strict=True):
@@ -215,9 +255,18 @@ def plot_pathways(recorder: RoutingRecorder, path: str | os.PathLike | None = No
 
 
 def principal_pathways(pathways: torch.Tensor, num_experts: int, num_components: int = NUM_COMPONENTS) -> np.ndarray:
-    """Principal components of the pathways `(tokens, layers)`, as experts per layer: `(components, layers)`.
+    """Principal components of pathways, as experts per layer.
 
     Components without variance are left out, so there are fewer where there are few layers or all tokens go one way.
+
+    Args:
+        pathways (`torch.LongTensor` of shape `(tokens, layers)`): Indices of experts, as [`RoutingRecorder.pathways`]
+            gives them.
+        num_experts (`int`): Experts of every layer.
+        num_components (`int`, *optional*, defaults to 12): How many at most.
+
+    Returns:
+        `np.ndarray` of shape `(components, layers)`, int64: Indices of experts.
     """
     samples = pathways.T.double().numpy()  # layers are the samples, as in the released code
     left, singular, _ = np.linalg.svd(samples - samples.mean(axis=0), full_matrices=False)
@@ -246,7 +295,11 @@ def plot_image_routing(
         image_index (`int`, *optional*, defaults to 0): Which of the recorded images it is, in the order of recording.
         path (`str` or `os.PathLike`, *optional*): PNG file to write.
 
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
     Raises:
+        ImportError: if matplotlib is not installed.
         ValueError: if there is no such image, or tokens have no place in it: those of a perceiver resampler.
     """
     maps = image_expert_maps(recorder, image.size, image_index)
@@ -277,16 +330,19 @@ def plot_image_routing(
 def image_expert_maps(
     recorder: RoutingRecorder, image_size: tuple[int, int], image_index: int = 0
 ) -> dict[str, np.ndarray]:
-    """First-choice experts of an image's tokens in their places: maps `(layers, rows, columns)`, -1 for no token.
+    """First-choice experts of an image's tokens in their places.
 
-    `"view"` for the square encoding; `"overview"`, and `"slices"` where the image was cut, for the slices one. A
-    SigLIP tower with the strategy `"default"` has no token for the top left patch. LLaVA-MoLE's start and end of an
+    A SigLIP tower with the strategy `"default"` has no token for the top left patch. LLaVA-MoLE's start and end of an
     image have no place.
 
     Args:
         recorder (`RoutingRecorder`): Which has recorded the image.
         image_size (`tuple[int, int]`): Its width and height in pixels.
         image_index (`int`, *optional*, defaults to 0): Which of the recorded images it is, in the order of recording.
+
+    Returns:
+        `dict[str, np.ndarray]`: Maps of shape `(layers, rows, columns)`, int64, -1 for no token: `"view"` for the
+        square encoding; `"overview"`, and `"slices"` where the image was cut, for the slices one.
 
     Raises:
         ValueError: if there is no such image, or tokens have no place in it: those of a perceiver resampler.

@@ -1,4 +1,7 @@
-"""Writes what a [`RoutingRecorder`] has recorded as one HTML file, pictures included."""
+"""Writes what a [`RoutingRecorder`] has recorded as one HTML file, pictures included.
+
+Source: figures 4 to 6 of the MoE-LLaVA paper; the report itself has no counterpart in the original code.
+"""
 
 import base64
 import os
@@ -39,7 +42,14 @@ th:first-child { text-align: left; } caption { text-align: left; font-weight: 60
 
 
 def check_output_file(output: str | os.PathLike, overwrite: bool = False) -> Path:
-    """The absolute path of a file that can be written.
+    """Checks that a file can be written.
+
+    Args:
+        output (`str` or `os.PathLike`): The file.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether it may exist already.
+
+    Returns:
+        `Path`: Its absolute path.
 
     Raises:
         ValueError: if it is a folder, or exists and shall not be overwritten, or its folder does not exist.
@@ -70,6 +80,9 @@ def write_routing_report(
         facts (`dict[str, str]`, *optional*): What to say about the run, such as model, prompt and answer.
         overwrite (`bool`, *optional*, defaults to `False`): Whether the file may exist already.
 
+    Returns:
+        `Path`: The file's absolute path.
+
     Raises:
         ValueError: if the output cannot be written, or nothing was recorded.
     """
@@ -87,7 +100,11 @@ def write_routing_report(
 
 
 def build_routing_report(recorder: RoutingRecorder, images: Sequence[Image.Image], facts: dict[str, str]) -> str:
-    """The HTML document as text."""
+    """Makes the HTML document as text; its arguments are as in [`write_routing_report`].
+
+    Returns:
+        `str`: The document.
+    """
     counts = ", ".join(f"{recorder.num_tokens(name):,} {name}" for name in ("image", "text", "padding"))
     facts = {**facts, "Recorded tokens": counts}
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
@@ -196,7 +213,14 @@ def _expert_names(recorder: RoutingRecorder) -> list[str]:
 
 
 def routing_table(recorder: RoutingRecorder):
-    """A `rich.table.Table` with the loads of text and image tokens, and the entropy, of every sparse layer."""
+    """Makes a table for the terminal: loads of text and image tokens, and the entropy in nats, of every sparse layer.
+
+    Args:
+        recorder (`RoutingRecorder`): Which has recorded something.
+
+    Returns:
+        `rich.table.Table`: The table.
+    """
     from rich.table import Table
 
     modalities: list[Modality] = [name for name in ("text", "image") if recorder.num_tokens(name)]  # type: ignore[misc]

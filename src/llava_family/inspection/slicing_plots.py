@@ -20,12 +20,17 @@ BORDER, LABEL = "#D55E00", "#0072B2"
 def plot_slices(image: Image.Image, processor: Any, path: str | os.PathLike | None = None) -> "Figure":
     """The slices of an image in the order in which a language model reads them, and its overview.
 
-    A comma follows every slice, a return arrow the last one of a row (paper, section 3.4). The overview is last.
+    A comma follows every slice, a return arrow the last one of a row. The overview is last.
+
+    Source: the paper's sections 3.2 and 3.4.
 
     Args:
         image (`PIL.Image.Image`): The image, as it is given to the processor.
         processor ([`LlavaUhdProcessor`]): Or that of another family under the vision encoding `"slices"`.
         path (`str` or `os.PathLike`, *optional*): PNG file to write.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
 
     Raises:
         ImportError: if matplotlib is not installed.

@@ -33,7 +33,17 @@ EXPERTS_TP_PLAN = {
 }
 
 
-@auto_docstring(checkpoint="lmsys/vicuna-7b-v1.5")
+@auto_docstring(
+    checkpoint="lmsys/vicuna-7b-v1.5",
+    custom_intro="""
+    Configuration of a [`LlavaMoleTextModel`]. The defaults of the base model are those of Llama 2 7B, as of
+    [lmsys/vicuna-7b-v1.5](https://huggingface.co/lmsys/vicuna-7b-v1.5).
+
+    Source: LLaVA-MoLE's section 3 and the original code; transformers' `LlamaConfig`, PEFT's `LoraConfig`.
+
+    Raises a `ValueError` if the settings of experts are impossible.
+    """,
+)
 @strict
 class LlavaMoleTextConfig(LlamaConfig):
     r"""
@@ -59,8 +69,6 @@ class LlavaMoleTextConfig(LlamaConfig):
         Weight of the balance loss.
     balance_loss (`"pooled"` or `"per_layer"`, *optional*, defaults to `"pooled"`):
         `"pooled"` is the released code's, over all layers of a sample; `"per_layer"` balances every layer by itself.
-
-    The defaults of the base model are those of Llama 2 7B, as of Vicuna 7B.
     """
 
     model_type = "llava_mole_text"
@@ -90,6 +98,11 @@ class LlavaMoleTextConfig(LlamaConfig):
         }
 
     def validate_experts(self):
+        """Refuses impossible settings of experts; called when a configuration is made.
+
+        Raises:
+            ValueError: if a number lies outside of its range, or an attention projection is unknown.
+        """
         for name in ("num_experts", "r"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
@@ -104,7 +117,16 @@ class LlavaMoleTextConfig(LlamaConfig):
             )
 
 
-@auto_docstring(checkpoint="lmsys/vicuna-7b-v1.5")
+@auto_docstring(
+    checkpoint="lmsys/vicuna-7b-v1.5",
+    custom_intro="""
+    Configuration of a [`LlavaMoleModel`]. The defaults are those of the original code's model on Vicuna 7B.
+
+    Source: LLaVA-MoLE's section 3 and the original code; transformers' `LlavaConfig`.
+
+    Raises a `ValueError` if `vision_feature_layer` is none of the tower's, or a size is impossible.
+    """,
+)
 @strict
 class LlavaMoleConfig(SquareOrSlicesConfig):
     __doc__ = f"""

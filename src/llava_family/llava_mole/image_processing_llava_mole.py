@@ -23,7 +23,14 @@ from ..llava_uhd.image_processing_square_llava_uhd import SquareOrSlicesImagePro
 from .image_processing_pil_llava_mole import LlavaMoleImageProcessorKwargs
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    Makes square views of images, or slices and an overview, by torchvision on the device of its input. Pixels are
+    within a few grey levels of [`LlavaMoleImageProcessorPil`]'s.
+
+    Source: the original code; CLIP's image processor in transformers.
+    """
+)
 class LlavaMoleImageProcessor(SquareOrSlicesImageProcessor):
     def __init__(self, **kwargs: Unpack[LlavaMoleImageProcessorKwargs]):
         super().__init__(**kwargs)

@@ -27,7 +27,13 @@ from ..llava_uhd.image_processing_pil_square_llava_uhd import (
 LlavaMoleImageProcessorKwargs = SquareOrSlicesImageProcessorKwargs
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    Makes square views of images, or slices and an overview. The pixels of square views are those of the original code.
+
+    Source: the original code; CLIP's image processor in transformers.
+    """
+)
 class LlavaMoleImageProcessorPil(SquareOrSlicesImageProcessorPil):
     def __init__(self, **kwargs: Unpack[LlavaMoleImageProcessorKwargs]):
         super().__init__(**kwargs)

@@ -19,6 +19,8 @@ Design choices:
 - That costs as much as one LoRA of `num_experts * r` ranks. Under top-1 routing, where this is much and tokens are
   many, they are sorted by expert and grouped matrix products compute the chosen ranks alone.
 - The router scores in float32, as transformers' routers do. The original scores in the model's dtype.
+
+Source: LLaVA-MoLE's section 3 and the original code; PEFT's `lora.Linear` for one expert.
 """
 
 from collections.abc import Iterable
@@ -59,14 +61,14 @@ def route_tokens(router_logits: torch.Tensor, routing: Routing, scale_by_gate: b
     """The weight of every expert for every token.
 
     Args:
-        router_logits (`torch.Tensor` of shape `(..., num_experts)`, float32).
+        router_logits (`torch.FloatTensor` of shape `(..., num_experts)`, float32): Scores of the router.
         routing (`"top1"` or `"dense"`): `"top1"` gives the most probable expert the weight 1 and the others 0 (the
             paper), `"dense"` gives every expert its probability (the released inference).
-        scale_by_gate (`bool`, *optional*): Under `"top1"`, weights the chosen expert by its probability, so that the
-            router learns from the task too.
+        scale_by_gate (`bool`, *optional*, defaults to `False`): Under `"top1"`, weights the chosen expert by its
+            probability, so that the router learns from the task too.
 
     Returns:
-        `torch.Tensor` of the shape of `router_logits`, float32.
+        `torch.FloatTensor` of the shape of `router_logits`, float32.
     """
     probabilities = router_logits.softmax(dim=-1)
     if routing == "dense":
@@ -77,7 +79,15 @@ def route_tokens(router_logits: torch.Tensor, routing: Routing, scale_by_gate: b
 
 
 def group_tokens(weights: torch.Tensor) -> TokenGroups:
-    """Sorts tokens by their one expert; `weights` of shape `(..., num_experts)` are zero for the others."""
+    """Sorts tokens by their one expert.
+
+    Args:
+        weights (`torch.FloatTensor` of shape `(..., num_experts)`): Those of [`route_tokens`] under `"top1"`, which
+            are zero for all experts but one.
+
+    Returns:
+        `TokenGroups`: The order, its inverse, and where the groups end.
+    """
     weights = weights.detach().flatten(0, -2)
     experts = weights.argmax(dim=-1)
     order = experts.argsort()
@@ -100,13 +110,14 @@ def balance_loss(
       averaged over layers. 1 if balanced, and no layer can make up for another.
 
     Args:
-        router_logits (`tuple[torch.Tensor]`): For every layer `(batch_size, sequence_length, num_experts)`.
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 where a token is
+        router_logits (`tuple[torch.FloatTensor, ...]`): For every layer one of shape `(batch_size, sequence_length,
+            num_experts)`.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): 0 where a token is
             padding and does not count.
-        kind (`"pooled"` or `"per_layer"`, *optional*).
+        kind (`"pooled"` or `"per_layer"`, *optional*, defaults to `"pooled"`): Which of the two.
 
     Returns:
-        `torch.Tensor`: A float32 scalar.
+        `torch.FloatTensor`: A float32 scalar.
     """
     device, num_experts = router_logits[0].device, router_logits[0].shape[-1]
     probabilities = torch.stack([logits.to(device).float() for logits in router_logits]).softmax(dim=-1)
@@ -123,16 +134,32 @@ def balance_loss(
 
 
 class MoleRouter(nn.Linear):
-    """Scores the experts of one layer, in float32: `(..., in_features)` to `(..., num_experts)`."""
+    """Scores the experts of one layer in float32, under autocast too: `(..., in_features)` to `(..., num_experts)`."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Scores the experts for every token.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., in_features)`): Input of the layer.
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., num_experts)`, float32: The logits.
+        """
         bias = None if self.bias is None else self.bias.float()
         with torch.autocast(hidden_states.device.type, enabled=False):
             return functional.linear(hidden_states.float(), self.weight.float(), bias)
 
 
 def check_routers_learn(router_logits: Iterable[torch.Tensor], are_trained: Iterable[bool]) -> None:
-    """Raises a `ValueError` if a router that is trained gets no gradient from a balance loss of its logits."""
+    """Refuses training that would leave routers as they are.
+
+    Args:
+        router_logits (`Iterable[torch.FloatTensor]`): Of every router, of any shape.
+        are_trained (`Iterable[bool]`): Whether each router's parameters are trained.
+
+    Raises:
+        ValueError: if a router that is trained gets no gradient from a balance loss of its logits.
+    """
     if not torch.is_grad_enabled():
         return
     if any(trained and not logits.requires_grad for logits, trained in zip(router_logits, are_trained, strict=True)):
@@ -182,13 +209,15 @@ class MoleExperts(nn.Module):
         self, hidden_states: torch.Tensor, weights: torch.Tensor | None = None, groups: TokenGroups | None = None
     ) -> torch.Tensor:
         """
+        Computes what the experts add to the linear layer's output.
+
         Args:
-            hidden_states (`torch.Tensor` of shape `(..., in_features)`).
-            weights (`torch.Tensor` of shape `(..., num_experts)`, *optional*): Of every expert; 1 by default.
+            hidden_states (`torch.FloatTensor` of shape `(..., in_features)`): Input of the linear layer.
+            weights (`torch.FloatTensor` of shape `(..., num_experts)`, *optional*): Of every expert; 1 by default.
             groups (`TokenGroups`, *optional*): Of weights that choose one expert each.
 
         Returns:
-            `torch.Tensor` of shape `(..., out_features)`, in the dtype of `hidden_states`.
+            `torch.FloatTensor` of shape `(..., out_features)`, in the dtype of `hidden_states`.
         """
         inputs = self.dropout(hidden_states).to(self.weight_A.dtype)
         if groups is not None and weights is not None:
@@ -212,7 +241,11 @@ class MoleExperts(nn.Module):
         return outputs.index_select(0, groups.inverse).unflatten(0, inputs.shape[:-1])
 
     def can_group(self, hidden_states: torch.Tensor) -> bool:
-        """Whether grouped products can compute, and pay for, so many tokens."""
+        """Whether grouped products can compute, and pay for, so many tokens.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., in_features)`): Input of the linear layer.
+        """
         extra_ranks = (self.num_experts - 1) * self.r
         if extra_ranks < GROUPED_EXTRA_RANKS or hidden_states.shape[:-1].numel() < GROUPED_TOKENS:
             return False
@@ -227,7 +260,16 @@ class MoleExperts(nn.Module):
 
 
 class MoleLinear(nn.Linear):
-    """A linear layer with LoRA experts; its own weight has its usual name, so dense checkpoints load into it."""
+    """A linear layer with LoRA experts; its own weight has its usual name, so dense checkpoints load into it.
+
+    Args:
+        in_features, out_features (`int`): As of `nn.Linear`.
+        bias (`bool`, *optional*, defaults to `True`): Whether the linear layer has one; experts have none.
+        num_experts (`int`, *optional*, defaults to 1): With 1 this is plain LoRA, without a router.
+        r (`int`, *optional*, defaults to 8): Rank of every expert.
+        lora_alpha (`float`, *optional*, defaults to 8): The experts' output is scaled by `lora_alpha / r`.
+        lora_dropout (`float`, *optional*, defaults to 0.0): Dropout of the experts' input in training.
+    """
 
     def __init__(
         self,
@@ -245,11 +287,21 @@ class MoleLinear(nn.Linear):
     def forward(  # type: ignore[override]  # routed where there is a router
         self, hidden_states: torch.Tensor, weights: torch.Tensor | None = None, groups: TokenGroups | None = None
     ) -> torch.Tensor:
+        """Computes the linear layer and adds what its experts do; arguments are as in [`MoleExperts.forward`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., out_features)`.
+        """
         return super().forward(hidden_states) + self.mole_experts(hidden_states, weights, groups)
 
 
 class MoleMLP(nn.Module):
-    """A gated feed-forward network whose linear layers have experts, routed once, by its input, for all three."""
+    """A gated feed-forward network whose linear layers have experts, routed once, by its input, for all three.
+
+    Args:
+        config (`LlavaMoleTextConfig`): Sizes, and settings of the experts.
+        act_fn (`nn.Module`): Activation of the gate.
+    """
 
     def __init__(self, config, act_fn: nn.Module):
         super().__init__()
@@ -273,6 +325,15 @@ class MoleMLP(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Routes every token and computes the network.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): Input of the
+                network.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`.
+        """
         weights = route_tokens(self.mole_router(hidden_states), self.routing, self.scale_by_gate)
         groups = None
         if self.routing == "top1" and self.gate_proj.mole_experts.can_group(hidden_states):

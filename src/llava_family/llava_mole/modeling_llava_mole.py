@@ -103,7 +103,13 @@ def init_mole_weights(module: nn.Module) -> None:
         init.uniform_(module.bias, -bound, bound)
 
 
-@auto_docstring(custom_intro="A Llama whose linear layers have LoRA experts, without a language modeling head.")
+@auto_docstring(
+    custom_intro="""
+    A Llama whose linear layers have LoRA experts, without a language modeling head.
+
+    Source: LLaVA-MoLE's section 3 and the original code; transformers' `LlamaModel`.
+    """
+)
 class LlavaMoleTextModel(LlamaModel):
     config: LlavaMoleTextConfig
     _can_record_outputs = {**LlamaModel._can_record_outputs, "router_logits": OutputRecorder(MoleRouter, index=0)}
@@ -153,7 +159,13 @@ class LlavaMoleImageBoundaries(nn.Module):
         return torch.cat([start, image_features, end])
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    What the models of LLaVA-MoLE share: initialisation, loading, and the choice of attention.
+
+    Source: transformers' `PreTrainedModel`.
+    """
+)
 class LlavaMolePreTrainedModel(UntrustedCheckpointMixin, FlashAttentionByDefaultMixin, PreTrainedModel):
     config: LlavaMoleConfig
     base_model_prefix = "model"
@@ -184,6 +196,8 @@ class LlavaMolePreTrainedModel(UntrustedCheckpointMixin, FlashAttentionByDefault
     custom_intro="""
     The LLaVA-MoLE model which consists of a vision backbone, a projector and a language model with LoRA experts,
     without a language modeling head.
+
+    Source: LLaVA-MoLE's section 3 and the original code; transformers' `LlavaModel`.
     """
 )
 class LlavaMoleModel(SquareOrSlicesMixin, LlavaMolePreTrainedModel):
@@ -210,8 +224,9 @@ class LlavaMoleModel(SquareOrSlicesMixin, LlavaMolePreTrainedModel):
         image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`, *optional*):
             Slices and patches of every image, for `"slices"`; see [`LlavaUhdModel`].
 
-        Returns `pooler_output`, for every image a tensor of shape `(1 + num_features + 1, hidden_size)` with the start
-        and end embeddings around the features.
+        Returns:
+            `BaseModelOutputWithPooling`: With `pooler_output`, for every image a tensor of shape `(1 + num_features +
+            1, hidden_size)` with the start and end embeddings around the features.
         """
         outputs = self.encode_images(pixel_values, image_grids, **kwargs)
         outputs.pooler_output = [self.image_boundaries(features) for features in outputs.pooler_output]
@@ -276,6 +291,8 @@ class NewTokensRepetitionPenalty(RepetitionPenaltyLogitsProcessor):
     custom_intro="""
     The LLaVA-MoLE model (arXiv 2401.16160): a vision-language model adapted by LoRA, where a router sends every token
     to one of several LoRA experts of each feed-forward network.
+
+    Source: LLaVA-MoLE's section 3 and the original code; transformers' `LlavaForConditionalGeneration`.
     """
 )
 class LlavaMoleForCausalLM(LlavaMolePreTrainedModel, PlaceholderGenerationMixin):
@@ -290,6 +307,12 @@ class LlavaMoleForCausalLM(LlavaMolePreTrainedModel, PlaceholderGenerationMixin)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
+        """
+        Gives the language modeling head.
+
+        Returns:
+            `nn.Linear`: From `hidden_size` to the text model's vocabulary.
+        """
         return self.lm_head
 
     def _get_logits_processor(self, generation_config, input_ids_seq_length=None, *args, **kwargs):

@@ -70,7 +70,16 @@ ORIGINAL_CHAT_TEMPLATE = (
 CHAT_TEMPLATES = {"original": ORIGINAL_CHAT_TEMPLATE, "v1": CHAT_TEMPLATE}
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    Makes a model's inputs of prompts and images: an image processor and a Llama tokenizer in one.
+
+    Source: the original code's prompts and ids; transformers' `LlavaProcessor`.
+
+    Raises a `ValueError` if `prompt_style` is unknown, a number or `image_token` is impossible, or the tokenizer
+    does not encode the separators of slices as one token each.
+    """
+)
 class LlavaMoleProcessor(LlavaUhdProcessor):
     def __init__(
         self,
@@ -84,6 +93,10 @@ class LlavaMoleProcessor(LlavaUhdProcessor):
         **kwargs,
     ):
         r"""
+        image_processor ([`LlavaMoleImageProcessorPil`] or [`LlavaMoleImageProcessor`], *optional*):
+            Makes pixel values of images.
+        tokenizer ([`LlamaTokenizer`], *optional*):
+            Makes ids of prompts. It must encode a comma and a newline between placeholders as one token each.
         num_image_tokens (`int`, *optional*, defaults to 578):
             Features of an image under the vision encoding `"square"`, the learned start and end embeddings among them:
             1 + 576 + 1 for the released CLIP.
@@ -96,10 +109,8 @@ class LlavaMoleProcessor(LlavaUhdProcessor):
             `"original"` gives the ids that the original code gives: no token that begins the sequence unless
             `add_special_tokens=True` is passed, the newline behind a placeholder belongs to it, and the text behind an
             image or another special token begins with a space. `"v1"` is LLaVA-1.5's.
-
-        Raises:
-            ValueError: if `prompt_style` is unknown, or the tokenizer does not encode the separators of slices as one
-                token each.
+        chat_template (`str`, *optional*):
+            Template of prompts, in Jinja. Defaults to that of `prompt_style`.
         """
         if not isinstance(prompt_style, str) or prompt_style not in CHAT_TEMPLATES:
             raise ValueError(f'`prompt_style` must be "original" or "v1", but is {prompt_style!r}.')
@@ -117,6 +128,16 @@ class LlavaMoleProcessor(LlavaUhdProcessor):
         )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """Makes what stands in the prompt for one image: a placeholder for every feature, for the start and end
+        embeddings, and the separators of slices.
+
+        Args:
+            image_inputs (`dict`): What the image processor returned for all images.
+            image_idx (`int`): Which of them it is.
+
+        Returns:
+            `str`: The text.
+        """
         if "image_grids" in image_inputs:
             views = super().replace_image_token(image_inputs, image_idx, **kwargs)
             return self.image_token + views + self.image_token

@@ -16,6 +16,8 @@
 The original has no folder of its own that `from_pretrained` could read: a file of trained tensors, a language model
 and a vision tower lie apart. So these transforms serve the conversion script, which names all tensors as the file
 does.
+
+Source: names and layouts of the original code's files; the transforms are those of transformers' `core_model_loading`.
 """
 
 import torch
@@ -47,7 +49,11 @@ UNUSED_ORIGINAL_WEIGHTS = {
 
 
 def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
-    """The transforms from the original's names and layout to the native ones."""
+    """The transforms from the original's names and layout to the native ones.
+
+    Returns:
+        `list[WeightConverter | WeightRenaming]`: In the order in which they are tried.
+    """
     text_model = "model.language_model."
     renamings = [
         WeightRenaming(r"^llm_model\.base_model\.model\.lm_head\.", "lm_head."),
@@ -94,10 +100,19 @@ class NameTwice(ConversionOps):
 
 
 def original_layout(config: PreTrainedConfig) -> OriginalLayout:
-    """The way back. ValueError if the original code has no such model.
+    """The way back, from a native model to the layout of the original code.
 
     Where the attention's adapters are merged, the names are as if there were some: the original would not know others,
     and without adapters in the file it makes ones that add nothing.
+
+    Args:
+        config (`LlavaMoleConfig`): The model.
+
+    Returns:
+        `OriginalLayout`: The transforms, and what an original may hold beside the model's tensors.
+
+    Raises:
+        ValueError: if the original code has no such model.
     """
     text_type = config.text_config.model_type
     if text_type != LlavaMoleTextConfig.model_type or config.vision_encoding != "square":

@@ -109,17 +109,28 @@ SLICES_DOCSTRING = """
 """
 
 
-@auto_docstring(checkpoint="guozonghao96/llava-uhd-144-13b")
+@auto_docstring(
+    checkpoint="guozonghao96/llava-uhd-144-13b",
+    custom_intro="""
+    Configuration of a [`LlavaUhdVisionModel`]. The defaults are those of openai/clip-vit-large-patch14-336.
+
+    Source: transformers' `CLIPVisionConfig`; the layer of the features is `mm_vision_select_layer` of the original.
+
+    Raises a `ValueError` if `vision_feature_layer` is none of the tower's, or `hidden_size` no multiple of
+    `num_attention_heads`.
+    """,
+)
 @strict
 class LlavaUhdVisionConfig(PreTrainedConfig):
     r"""
     image_size (`int`, *optional*, defaults to 336):
-        Side of the square images that the position table was trained on. Views of other sizes interpolate it.
+        Side in pixels of the square images that the position table was trained on. Views of other sizes interpolate
+        it.
+    patch_size (`int`, *optional*, defaults to 14):
+        Side of a patch in pixels.
     vision_feature_layer (`int`, *optional*, defaults to -2):
         The hidden state that is returned as image features, counted as in `hidden_states` (0 is the embeddings).
         Layers above it are not built: no feature would ever depend on them.
-
-    The defaults are those of openai/clip-vit-large-patch14-336.
     """
 
     model_type = "llava_uhd_vision"
@@ -145,6 +156,11 @@ class LlavaUhdVisionConfig(PreTrainedConfig):
         return layer if layer >= 0 else self.num_hidden_layers + 1 + layer
 
     def validate_vision_feature_layer(self):
+        """Refuses a layer that the tower does not have; called when a configuration is made.
+
+        Raises:
+            ValueError: if it does not.
+        """
         if not 0 <= self.num_feature_layers <= self.num_hidden_layers:
             raise ValueError(
                 f"`vision_feature_layer` must lie in {-self.num_hidden_layers - 1}..{self.num_hidden_layers} for "
@@ -152,6 +168,11 @@ class LlavaUhdVisionConfig(PreTrainedConfig):
             )
 
     def validate_attention_heads(self):
+        """Refuses heads of unequal size; called when a configuration is made.
+
+        Raises:
+            ValueError: if `hidden_size` is no multiple of `num_attention_heads`.
+        """
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
@@ -192,7 +213,11 @@ class SlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
     def validate_sizes(self):
-        """Refuses sizes that no model can be built of, before anything is."""
+        """Refuses sizes that no model can be built of, before anything is; called when a configuration is made.
+
+        Raises:
+            ValueError: if a size of a part lies outside of `MAX_SIZES`.
+        """
         for part in ("vision_config", "text_config"):
             config = getattr(self, part)
             for name, limit in MAX_SIZES.items():
@@ -202,6 +227,11 @@ class SlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As [`PreTrainedConfig.get_config_dict`], for files that nobody vouches for.
+
+        Raises:
+            ValueError: if the file holds no JSON object, or something that transformers stumbles over.
+        """
         with loading(f"The configuration in {pretrained_model_name_or_path}"):
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not isinstance(config_dict, dict):
@@ -217,7 +247,17 @@ class SlicesConfig(PreTrainedConfig):  # trf-ignore: TRF057 (no user makes one)
             return super().from_dict(config_dict, **kwargs)
 
 
-@auto_docstring(checkpoint="guozonghao96/llava-uhd-144-13b")
+@auto_docstring(
+    checkpoint="guozonghao96/llava-uhd-144-13b",
+    custom_intro="""
+    Configuration of a [`LlavaUhdModel`]. The defaults, but for the sizes of the text model, are those of
+    [guozonghao96/llava-uhd-144-13b](https://huggingface.co/guozonghao96/llava-uhd-144-13b).
+
+    Source: the paper's section 3.3 and the release's `config.json`; transformers' `LlavaConfig`.
+
+    Raises a `ValueError` if `num_queries` is no square number, or a size is impossible.
+    """,
+)
 @strict
 class LlavaUhdConfig(SlicesConfig):
     r"""
@@ -258,11 +298,21 @@ class LlavaUhdConfig(SlicesConfig):
     tie_word_embeddings: bool = False
 
     def validate_num_queries(self):
+        """Refuses queries that form no square grid; called when a configuration is made.
+
+        Raises:
+            ValueError: if `num_queries` is no positive square number.
+        """
         queries = self.num_queries
         if queries is not None and (queries < 1 or math.isqrt(queries) ** 2 != queries):
             raise ValueError(f"`num_queries` must be a positive square number, but is {queries}.")
 
     def validate_resampler_heads(self):
+        """Refuses heads of unequal size; called when a configuration is made.
+
+        Raises:
+            ValueError: if the text model's `hidden_size` is no multiple of `resampler_num_attention_heads`.
+        """
         heads = self.resampler_num_attention_heads
         if isinstance(self.text_config, PreTrainedConfig) and heads is not None:
             if heads < 1 or self.text_config.hidden_size % heads:
@@ -290,6 +340,11 @@ class SquareOrSlicesConfig(SlicesConfig):  # trf-ignore: TRF057 (no user makes o
     projector_hidden_act: str = "gelu"
 
     def validate_vision_feature_layer(self):
+        """Refuses a layer that the vision tower of square views does not have; called when a configuration is made.
+
+        Raises:
+            ValueError: if it does not.
+        """
         layer = getattr(self, "vision_feature_layer", None)
         num_layers = getattr(self.vision_config, "num_hidden_layers", None)
         if self.vision_encoding == "square" and isinstance(layer, int) and isinstance(num_layers, int):
@@ -302,6 +357,7 @@ class SquareOrSlicesConfig(SlicesConfig):  # trf-ignore: TRF057 (no user makes o
     # TRL reads both from the composite configuration: https://github.com/huggingface/trl/pull/6083
     @property
     def output_router_logits(self) -> bool:
+        """Whether models return the router's logits; that of the text model's configuration."""
         return getattr(self.text_config, "output_router_logits", False)
 
     @output_router_logits.setter
@@ -310,6 +366,7 @@ class SquareOrSlicesConfig(SlicesConfig):  # trf-ignore: TRF057 (no user makes o
 
     @property
     def router_aux_loss_coef(self) -> float:
+        """Weight of the balance loss; that of the text model's configuration, 0.0 if it has none."""
         return getattr(self.text_config, "router_aux_loss_coef", 0.0)
 
     @router_aux_loss_coef.setter

@@ -30,7 +30,14 @@ from .image_processing_pil_llava_uhd import (
 from .pixels_llava_uhd import decoding, upright
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    Cuts images into slices and an overview, and these into patches, by torchvision on the device of its input. Pixels
+    are within a few grey levels of [`LlavaUhdImageProcessorPil`]'s.
+
+    Source: the paper's section 3.2; transformers' `TorchvisionBackend`.
+    """
+)
 class LlavaUhdImageProcessor(LlavaUhdSlicingMixin, TorchvisionBackend):
     valid_kwargs = LlavaUhdImageProcessorKwargs
 
@@ -49,7 +56,7 @@ class LlavaUhdImageProcessor(LlavaUhdSlicingMixin, TorchvisionBackend):
     def __init__(self, **kwargs: Unpack[LlavaUhdImageProcessorKwargs]):
         super().__init__(**kwargs)
 
-    @auto_docstring
+    @auto_docstring(custom_intro="Makes patches of images.")
     def preprocess(self, images: ImageInput, **kwargs: Unpack[LlavaUhdImageProcessorKwargs]) -> BatchFeature:
         r"""
         Returns:
@@ -70,6 +77,11 @@ class LlavaUhdImageProcessor(LlavaUhdSlicingMixin, TorchvisionBackend):
         return prepared
 
     def process_image(self, image: ImageInput, *args, **kwargs) -> torch.Tensor:
+        """As in transformers, but turned upright, and in 8 bits where it is rescaled.
+
+        Raises:
+            ValueError: if an image holds values that are no grey levels.
+        """
         if isinstance(image, Image.Image):
             with decoding():
                 image = upright(image)

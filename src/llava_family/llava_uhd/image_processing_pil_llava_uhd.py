@@ -61,14 +61,14 @@ ResampleBackend = Literal["pil", "torch"]
 class LlavaUhdImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     base_size (`int`, *optional*, defaults to 336):
-        Side of the square whose area every view has.
+        Side in pixels of the square whose area every view has.
     patch_size (`int`, *optional*, defaults to 14):
-        Side of a vision encoder patch; the sides of all views are multiples of it.
+        Side of a vision encoder patch in pixels; the sides of all views are multiples of it.
     max_slices (`int`, *optional*, defaults to 7):
         Upper limit for the slices of one image. 1 keeps the overview alone, as in the paper's first training stage.
     pre_resize_longest_edge (`int`, *optional*):
-        Resizes every image to this longest side before it is sliced. The original's evaluation uses 1024 for GQA,
-        TextVQA, VizWiz, VQAv2, MME, POPE and ScienceQA.
+        Resizes every image to this longest side, in pixels, before it is sliced. The original's evaluation uses 1024
+        for GQA, TextVQA, VizWiz, VQAv2, MME, POPE and ScienceQA.
     resample_backend (`"pil"` or `"torch"`, *optional*, defaults to `"pil"`):
         For the PIL backend: what resizes images. `"pil"` has the original's pixels. `"torch"` is several times as
         fast, and every 8-bit pixel is within two grey levels of them; it knows `resample` bicubic and bilinear.
@@ -185,12 +185,33 @@ class LlavaUhdSlicingMixin:
         return ["pixel_values", "image_grids"]
 
     def slice_plan(self, width: int, height: int, **kwargs: Unpack[LlavaUhdImageProcessorKwargs]) -> SlicePlan:
-        """The plan for an image of `width` x `height` pixels under this processor's settings or those in `kwargs`."""
+        """Plans the views of an image under this processor's settings.
+
+        Args:
+            width (`int`): Width of the image in pixels.
+            height (`int`): Height of the image in pixels.
+            kwargs ([`LlavaUhdImageProcessorKwargs`]): Settings for this call.
+
+        Returns:
+            `SlicePlan`: Grid, sizes and counts of the views.
+
+        Raises:
+            ValueError: if the image cannot be sliced as asked.
+        """
         settings = {name: kwargs.get(name, getattr(self, name)) for name in SLICING_SETTINGS}
         return plan_image(width, height, **settings)[1]
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Rows of `pixel_values` for an image of `height` x `width` pixels."""
+        """Counts the rows of `pixel_values` that an image gets.
+
+        Args:
+            height (`int`): Height of the image in pixels.
+            width (`int`): Width of the image in pixels.
+            images_kwargs (`dict[str, Any]`, *optional*): Settings for this call.
+
+        Returns:
+            `int`: Patches of all views together.
+        """
         return self.slice_plan(width, height, **(images_kwargs or {})).num_patches
 
     def _validate_preprocess_kwargs(self, **kwargs):
@@ -225,7 +246,19 @@ class LlavaUhdSlicingMixin:
 
     @staticmethod
     def plan_images(sizes: list[tuple[int, int]], settings: dict[str, Any]) -> list[tuple[tuple[int, int], SlicePlan]]:
-        """`plan_image` of every `(width, height)`, with errors that name the image."""
+        """Plans the views of several images.
+
+        Args:
+            sizes (`list[tuple[int, int]]`): `(width, height)` of every image in pixels.
+            settings (`dict[str, Any]`): Those of `SLICING_SETTINGS`.
+
+        Returns:
+            `list[tuple[tuple[int, int], SlicePlan]]`: For every image the `(width, height)` in pixels that it has
+            before it is sliced, and its plan.
+
+        Raises:
+            ValueError: if an image cannot be sliced as asked; it is named by its index.
+        """
         plans = []
         for index, size in enumerate(sizes):
             try:
@@ -235,7 +268,13 @@ class LlavaUhdSlicingMixin:
         return plans
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    Cuts images into slices and an overview, and these into patches. Its pixels are those of the original code.
+
+    Source: the paper's section 3.2 and the original code; transformers' `PilBackend`.
+    """
+)
 class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
     valid_kwargs = LlavaUhdImageProcessorKwargs
 
@@ -254,7 +293,7 @@ class LlavaUhdImageProcessorPil(LlavaUhdSlicingMixin, PilBackend):
     def __init__(self, **kwargs: Unpack[LlavaUhdImageProcessorKwargs]):
         super().__init__(**kwargs)
 
-    @auto_docstring
+    @auto_docstring(custom_intro="Makes patches of images.")
     def preprocess(self, images: ImageInput, **kwargs: Unpack[LlavaUhdImageProcessorKwargs]) -> BatchFeature:
         r"""
         Returns:

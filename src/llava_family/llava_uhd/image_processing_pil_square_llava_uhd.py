@@ -14,6 +14,9 @@
 """PIL image processor of the families that take an image as one square view, or in slices as LLaVA-UHD does.
 
 MoE-LLaVA and LLaVA-MoLE pad an image to a square, as LLaVA-1.5 does, and theirs differ from these in a line or two.
+
+Source: the original codes' `expand2square` and CLIP's or SigLIP's image processor; transformers'
+`LlavaImageProcessorPil`.
 """
 
 import math
@@ -66,13 +69,13 @@ MAX_SQUARE_PIXELS = 2**29
 class SquareOrSlicesImageProcessorKwargs(LlavaUhdImageProcessorKwargs, total=False):  # type: ignore[call-arg]
     r"""
     base_size (`int`, *optional*, defaults to 336):
-        For `"slices"`: side of the square whose area every view has.
+        For `"slices"`: side in pixels of the square whose area every view has.
     patch_size (`int`, *optional*, defaults to 14):
-        For `"slices"`: side of a vision encoder patch; the sides of all views are multiples of it.
+        For `"slices"`: side of a vision encoder patch in pixels; the sides of all views are multiples of it.
     max_slices (`int`, *optional*, defaults to 7):
         For `"slices"`: upper limit for the slices of one image.
     pre_resize_longest_edge (`int`, *optional*):
-        For `"slices"`: resizes every image to this longest side before it is sliced.
+        For `"slices"`: resizes every image to this longest side, in pixels, before it is sliced.
     resample_backend (`"pil"` or `"torch"`, *optional*, defaults to `"pil"`):
         For the PIL backend: what resizes images. `"torch"` is several times as fast, and within two grey levels of
         `"pil"`; it knows `resample` bicubic and bilinear.
@@ -101,7 +104,16 @@ class SquareOrSlicesMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user 
         return ["pixel_values", "image_grids"] if self.vision_encoding == "slices" else ["pixel_values"]
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict[str, Any] | None = None) -> int:
-        """Rows of `pixel_values` for an image of `height` x `width` pixels: 1 for `"square"`."""
+        """Counts the rows of `pixel_values` that an image gets.
+
+        Args:
+            height (`int`): Height of the image in pixels.
+            width (`int`): Width of the image in pixels.
+            images_kwargs (`dict[str, Any]`, *optional*): Settings for this call.
+
+        Returns:
+            `int`: 1 for `"square"`; patches of all views together for `"slices"`.
+        """
         images_kwargs = images_kwargs or {}
         if images_kwargs.get("vision_encoding", self.vision_encoding) == "square":
             return 1
@@ -129,7 +141,20 @@ class SquareOrSlicesMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user 
     def square_background(
         background_color: list[int] | tuple[int, ...] | None, image_mean: Any, num_channels: int
     ) -> tuple[int, ...]:
-        """Grey level of every channel of the border around an image, by default `image_mean` in 8 bits."""
+        """Chooses the color of the border that makes an image square.
+
+        Args:
+            background_color (`list[int]` or `tuple[int, ...]`, *optional*): Grey level in 8 bits of every channel, or
+                one of all. Defaults to `image_mean`.
+            image_mean (`float` or `list[float]`): Mean of every channel in 0..1.
+            num_channels (`int`): Channels of the image.
+
+        Returns:
+            `tuple[int, ...]`: Grey level of every channel, in 8 bits.
+
+        Raises:
+            ValueError: if there are not as many grey levels of 0..255 as channels.
+        """
         if background_color is None:
             background_color = [int(255 * mean) for mean in np.atleast_1d(image_mean)]
         color = list(background_color) * (num_channels if len(background_color) == 1 else 1)
@@ -142,7 +167,16 @@ class SquareOrSlicesMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user 
 
     @staticmethod
     def resized_size(width: int, height: int, size: SizeDict) -> tuple[int, int]:
-        """The `(width, height)` that `size` asks for: its own, or the image's with the shorter side as asked."""
+        """Size that an image is resized to.
+
+        Args:
+            width (`int`): Width of the image in pixels.
+            height (`int`): Height of the image in pixels.
+            size (`SizeDict`): `height` and `width` in pixels, or `shortest_edge`, that of the shorter side.
+
+        Returns:
+            `tuple[int, int]`: `(width, height)` in pixels.
+        """
         if not size.shortest_edge:
             return size.width, size.height
         short = min(width, height)
@@ -150,7 +184,17 @@ class SquareOrSlicesMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user 
 
     @staticmethod
     def check_num_pixels(index: int, num_images: int, width: int, height: int) -> None:
-        """Raises a `ValueError` if a view on the way would have so many pixels that it may not fit into memory."""
+        """Refuses a view on the way that would have so many pixels that it may not fit into memory.
+
+        Args:
+            index (`int`): Of the image among those of the call, for the message.
+            num_images (`int`): Images of the call, for the message.
+            width (`int`): Width of the view in pixels.
+            height (`int`): Height of the view in pixels.
+
+        Raises:
+            ValueError: if it has more than `MAX_SQUARE_PIXELS`.
+        """
         if width * height > MAX_SQUARE_PIXELS:
             raise ValueError(
                 f"Image {index} of {num_images} is too long: to become a square view it would need {width}x{height} "
@@ -159,7 +203,14 @@ class SquareOrSlicesMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user 
 
     @staticmethod
     def check_equal_sizes(sizes: list[tuple[int, int]]) -> None:
-        """Raises a `ValueError` if the `(width, height)` of the views differ."""
+        """Refuses views that cannot be stacked.
+
+        Args:
+            sizes (`list[tuple[int, int]]`): `(width, height)` of every view in pixels.
+
+        Raises:
+            ValueError: if they differ.
+        """
         if len(set(sizes)) > 1:
             raise ValueError(
                 f"The views of all images of a call must have one size, but have {sizes} (width, height). Resize them "
@@ -168,7 +219,16 @@ class SquareOrSlicesMixin(LlavaUhdSlicingMixin):  # trf-ignore: TRF057 (no user 
 
 
 def pad_to(image: Image.Image, size: tuple[int, int], color: tuple[int, ...]) -> Image.Image:
-    """Centres an image on one of `size`, `(width, height)`, with the grey levels `color`."""
+    """Centres an image on a larger one of one color.
+
+    Args:
+        image (`Image.Image`): The image.
+        size (`tuple[int, int]`): `(width, height)` of the result in pixels.
+        color (`tuple[int, ...]`): Grey level of each channel of the border, in 8 bits.
+
+    Returns:
+        `Image.Image`: Of the mode of `image`.
+    """
     canvas = Image.new(image.mode, size, color)
     canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
     return canvas
@@ -190,10 +250,13 @@ def pad_for_resize(
 
     Args:
         image (`Image.Image`): Grey or RGB image, not square.
-        color (`tuple[int, ...]`): Grey level of each channel of the border.
-        size (`tuple[int, int]`): `(width, height)`.
+        color (`tuple[int, ...]`): Grey level of each channel of the border, in 8 bits.
+        size (`tuple[int, int]`): `(width, height)` in pixels.
         resample (`int`): One of `FILTER_REACHES`.
         resize (`Callable`): Resizes an image to a `(width, height)` by this filter.
+
+    Returns:
+        `Image.Image`: Whose resize to `size` is that of the square.
     """
     side, width = max(image.size), size[0]
     columns_first = resizes_columns_first((side, side), size)
@@ -215,7 +278,7 @@ def pad_for_resize(
     return rows
 
 
-@auto_docstring
+@auto_docstring(custom_intro="Makes square views of images, or slices and an overview; the backend is PIL.")
 class SquareOrSlicesImageProcessorPil(SquareOrSlicesMixin, LlavaUhdImageProcessorPil):
     valid_kwargs = SquareOrSlicesImageProcessorKwargs
 
@@ -237,7 +300,7 @@ class SquareOrSlicesImageProcessorPil(SquareOrSlicesMixin, LlavaUhdImageProcesso
     def __init__(self, **kwargs: Unpack[SquareOrSlicesImageProcessorKwargs]):
         super().__init__(**kwargs)
 
-    @auto_docstring
+    @auto_docstring(custom_intro="Makes square views of images, or patches of their slices.")
     def preprocess(self, images: ImageInput, **kwargs: Unpack[SquareOrSlicesImageProcessorKwargs]) -> BatchFeature:
         r"""
         Returns:

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Torchvision image processor of the families that take an image as one square view, or in slices."""
+"""Torchvision image processor of the families that take an image as one square view, or in slices.
+
+Source: the original codes' `expand2square`; transformers' `LlavaImageProcessor`.
+"""
 
 import torch
 from transformers.image_processing_utils import BatchFeature
@@ -23,7 +26,7 @@ from .image_processing_llava_uhd import LlavaUhdImageProcessor
 from .image_processing_pil_square_llava_uhd import SquareOrSlicesImageProcessorKwargs, SquareOrSlicesMixin
 
 
-@auto_docstring
+@auto_docstring(custom_intro="Makes square views of images, or slices and an overview; the backend is torchvision.")
 class SquareOrSlicesImageProcessor(SquareOrSlicesMixin, LlavaUhdImageProcessor):
     valid_kwargs = SquareOrSlicesImageProcessorKwargs
 
@@ -45,7 +48,7 @@ class SquareOrSlicesImageProcessor(SquareOrSlicesMixin, LlavaUhdImageProcessor):
     def __init__(self, **kwargs: Unpack[SquareOrSlicesImageProcessorKwargs]):
         super().__init__(**kwargs)
 
-    @auto_docstring
+    @auto_docstring(custom_intro="Makes square views of images, or patches of their slices.")
     def preprocess(self, images: ImageInput, **kwargs: Unpack[SquareOrSlicesImageProcessorKwargs]) -> BatchFeature:
         r"""
         Returns:
@@ -102,7 +105,15 @@ class SquareOrSlicesImageProcessor(SquareOrSlicesMixin, LlavaUhdImageProcessor):
 
     @staticmethod
     def pad_to_square(image: torch.Tensor, color: tuple[int, ...]) -> torch.Tensor:
-        """Centres a `(channels, height, width)` image on a square of the grey levels `color`, given in 8 bits."""
+        """Centres an image on a square of one color.
+
+        Args:
+            image (`torch.Tensor` of shape `(channels, height, width)`, uint8 or float32): The image.
+            color (`tuple[int, ...]`): Grey level of each channel of the border, in 8 bits.
+
+        Returns:
+            `torch.Tensor` of shape `(channels, side, side)`, in the dtype and the range of `image`.
+        """
         height, width = image.shape[-2:]
         if height == width:
             return image

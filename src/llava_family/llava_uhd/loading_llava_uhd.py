@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Files of checkpoints are untrusted input: whatever they make code stumble over becomes one error that names them."""
+"""Files of checkpoints are untrusted input: whatever they make code stumble over becomes one error that names them.
+
+Source: no counterpart in the original code or in transformers, which trust a checkpoint's files.
+"""
 
 import json
 import os
@@ -46,6 +49,9 @@ def loading(name: str | os.PathLike) -> Iterator[None]:
 
     Args:
         name (`str` or `os.PathLike`): What is loaded, for the message.
+
+    Raises:
+        InvalidCheckpointError: in place of an exception that tells of malformed content. Others pass unchanged.
     """
     try:
         yield
@@ -57,7 +63,18 @@ def loading(name: str | os.PathLike) -> Iterator[None]:
 
 
 def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a file that must hold one JSON object; a `ValueError` names it where it does not."""
+    """Reads a file that must hold one JSON object.
+
+    Args:
+        path (`str` or `os.PathLike`): The file, in UTF-8.
+
+    Returns:
+        `dict[str, Any]`: The object.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no JSON, or JSON of another kind.
+    """
     with open(path, encoding="utf-8") as file:
         try:
             content = json.load(file)

@@ -367,7 +367,13 @@ class UntrustedCheckpointMixin:
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    What the models of LLaVA-UHD share: initialisation, loading, and the choice of attention.
+
+    Source: initialisation as in the original code; transformers' `PreTrainedModel`.
+    """
+)
 class LlavaUhdPreTrainedModel(UntrustedCheckpointMixin, FlashAttentionByDefaultMixin, PreTrainedModel):
     config: LlavaUhdConfig
     base_model_prefix = "model"
@@ -404,6 +410,8 @@ class LlavaUhdPreTrainedModel(UntrustedCheckpointMixin, FlashAttentionByDefaultM
     custom_intro="""
     The CLIP vision transformer of LLaVA-UHD, for views of any shape: its position table is interpolated to each view's
     patch grid. It ends with the layer that `config.vision_feature_layer` names.
+
+    Source: the paper's section 3.2; transformers' `CLIPVisionModel`.
     """
 )
 class LlavaUhdVisionModel(LlavaUhdPreTrainedModel):
@@ -440,7 +448,9 @@ class LlavaUhdVisionModel(LlavaUhdPreTrainedModel):
         view_grids (`list[tuple[int, int]]`):
             `(rows, columns)` of patches of every view. Views of equal shape run fastest beside each other.
 
-        Returns `last_hidden_state` of shape `(total_patches, hidden_size)`, without the class embeddings.
+        Returns:
+            `BaseModelOutputWithPooling`: With `last_hidden_state` of shape `(total_patches, hidden_size)`, without the
+            class embeddings.
         """
         groups = [(count, grid[0] * grid[1] + 1, grid[0] * grid[1] + 1) for grid, count in _consecutive(view_grids)]
         hidden_states = self.pre_layrnorm(self.embeddings(pixel_values, view_grids))
@@ -772,7 +782,30 @@ class ImagePlaceholderMixin:
         **image_inputs: torch.Tensor | None,
     ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
         """
-        The prompt's embeddings with image features in the place of placeholders, and these features.
+        Embeds a prompt, and puts image features into the places of its placeholders.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids. Either these or `inputs_embeds` are given.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Embeddings, in place of ids.
+            pixel_values (`torch.FloatTensor` of any shape that `get_image_features` takes, *optional*):
+                Images, as the processor returns them.
+            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
+                Under `"image"` what `get_image_features` returned, in place of images.
+            past_key_values (`Cache`, *optional*):
+                The cache; placeholders without images are refused where it is empty.
+            image_inputs (`torch.LongTensor` of any shape, *optional*):
+                What else `get_image_features` takes, such as `image_grids`.
+
+        Returns:
+            `tuple[torch.FloatTensor, torch.FloatTensor | None]`: The embeddings, of shape `(batch_size,
+            sequence_length, hidden_size)`, and the features of all images, of shape `(num_features, hidden_size)`, if
+            there are any.
+
+        Raises:
+            ValueError: if of `input_ids` and `inputs_embeds` not just one is given, if both `pixel_values` and
+                `mm_encoder_outputs` are, or if there are not as many placeholders as features.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -799,7 +832,21 @@ class ImagePlaceholderMixin:
         image_features: torch.FloatTensor,
     ) -> torch.BoolTensor:
         """
-        Obtains the mask of image placeholders, and checks that there are as many of them as image features.
+        Finds the placeholders of images, and checks that there are as many of them as image features.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Token ids.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                Embeddings, by which placeholders are found where there are no ids.
+            image_features (`torch.FloatTensor` of shape `(num_features, hidden_size)`):
+                Features of all images.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, sequence_length, 1)`: True where a placeholder is.
+
+        Raises:
+            ValueError: if the numbers differ, or there are no ids and the placeholder has no embedding.
         """
         if input_ids is not None:
             mask = input_ids == self.config.image_token_id
@@ -838,7 +885,16 @@ class ImagePlaceholderMixin:
     @staticmethod
     def unpadded_positions(attention_mask: torch.Tensor | None, length: int) -> torch.LongTensor | None:
         """
-        Positions of the last `length` tokens, counted from the first real one: a padded row gets those it has alone.
+        Positions of the last tokens, counted from the first real one: a padded row gets those that it has alone.
+
+        Args:
+            attention_mask (`torch.LongTensor` of shape `(batch_size, total_length)`, *optional*):
+                0 where a token is padding. Masks of other shapes tell nothing.
+            length (`int`):
+                Tokens of this call, the last ones of the mask.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, length)`; None where nothing tells which tokens are padding.
         """
         if attention_mask is None or attention_mask.ndim != 2:
             return None
@@ -849,6 +905,8 @@ class ImagePlaceholderMixin:
     custom_intro="""
     The LLaVA-UHD model which consists of a vision backbone, a resampler and a language model, without a language
     modeling head.
+
+    Source: the paper's section 3 and the original code; transformers' `LlavaModel`.
     """
 )
 class LlavaUhdModel(ImagePlaceholderMixin, LlavaUhdPreTrainedModel):
@@ -873,13 +931,26 @@ class LlavaUhdModel(ImagePlaceholderMixin, LlavaUhdPreTrainedModel):
         image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`):
             `(rows, columns)` of each image's slices, of the patches of one slice, and of the patches of its overview.
 
-        Returns `pooler_output`, for every image a tensor of shape `(views * num_queries, hidden_size)`, and
-        `last_hidden_state` of shape `(total_patches, vision_hidden_size)`, the vision encoder's features.
+        Returns:
+            `BaseModelOutputWithPooling`: With `pooler_output`, for every image a tensor of shape `(views *
+            num_queries, hidden_size)`, and `last_hidden_state` of shape `(total_patches, vision_hidden_size)`, the
+            vision encoder's features.
+
+        Raises:
+            ValueError: if `image_grids` describes impossible views, or other ones than `pixel_values` holds.
         """
         return encode_views(self.vision_tower, self.resampler, pixel_values, image_grids, **kwargs)
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(
+        custom_intro="""
+        Runs the language model over a prompt with the features of images in the places of their placeholders.
+
+        Raises:
+            ValueError: if of `pixel_values` and `image_grids` only one is given, if they describe different views, or
+                if the prompt has not as many placeholders as the images have features.
+        """
+    )
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -984,6 +1055,8 @@ class PlaceholderGenerationMixin(GenerationMixin):
     custom_intro="""
     The LLaVA-UHD model (arXiv 2403.11703): a language model that sees images of any aspect ratio and high resolution
     as adaptively cut slices and an overview.
+
+    Source: the paper's section 3 and the original code; transformers' `LlavaForConditionalGeneration`.
     """
 )
 class LlavaUhdForConditionalGeneration(LlavaUhdPreTrainedModel, PlaceholderGenerationMixin):
@@ -998,6 +1071,12 @@ class LlavaUhdForConditionalGeneration(LlavaUhdPreTrainedModel, PlaceholderGener
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
+        """
+        Gives the language modeling head.
+
+        Returns:
+            `nn.Linear`: From `hidden_size` to the text model's vocabulary.
+        """
         return self.lm_head
 
     @auto_docstring

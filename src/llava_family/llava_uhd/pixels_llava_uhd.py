@@ -14,6 +14,8 @@
 """From image files to pixel values: opening, decoding, resizing and writing, on as many threads as torch may use.
 
 PIL, numpy and torch release the interpreter's lock while they work, so plain threads share the cores.
+
+Source: PIL's own operations; their pixels and roundings are those of the original code.
 """
 
 import os
@@ -47,7 +49,8 @@ class PreparedImage(NamedTuple):
     Attributes:
         image (`Image.Image`): The image, upright, of 8 bits.
         white (`float`): The value that its grey level 255 stands for: 255, or 1 for float arrays in 0..1.
-        size (`tuple[int, int]`): `(width, height)` that its views are planned for, which a draft is smaller than.
+        size (`tuple[int, int]`): `(width, height)` in pixels that its views are planned for, which a draft is smaller
+            than.
     """
 
     image: Image.Image
@@ -56,9 +59,17 @@ class PreparedImage(NamedTuple):
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """`function` of every item, in order, on up to `torch.get_num_threads()` threads; the first failing item's error.
+    """Calls a function with every item, on up to `torch.get_num_threads()` threads.
 
-    That number is 1 in the worker processes of a torch `DataLoader`. Threads are not kept: a fork would lose them.
+    That number is 1 in the worker processes of a torch `DataLoader`. Threads are not kept: a fork would lose them. An
+    exception is that of the first failing item.
+
+    Args:
+        function (`Callable[[Any], Any]`): What to call; it must be safe to run in several threads.
+        items (`Iterable[Any]`): Its arguments.
+
+    Returns:
+        `list[Any]`: The results in the order of the items.
     """
     items = list(items)
     num_threads = min(torch.get_num_threads(), len(items))
@@ -70,7 +81,12 @@ def map_in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list
 
 @contextmanager
 def decoding() -> Iterator[None]:
-    """Makes a `ValueError` of whatever PIL raises on a broken file: its decoders stumble in any way there is."""
+    """Makes a `ValueError` of whatever PIL raises on a broken file: its decoders stumble in any way there is.
+
+    Raises:
+        OSError: as PIL raises it.
+        ValueError: in place of any other exception.
+    """
     try:
         yield
     except (OSError, ValueError):
@@ -80,7 +96,14 @@ def decoding() -> Iterator[None]:
 
 
 def open_image(image: Any) -> Any:
-    """The image in a file, whose path or bytes are given, not decoded yet. Anything else is returned as it is.
+    """Opens the image in a file, without decoding it yet.
+
+    Args:
+        image (`str`, `os.PathLike` or `bytes`): Path or content of the file. Anything else, also a `str` that names no
+            file, such as a URL, is returned as it is.
+
+    Returns:
+        `Image.Image`: The opened image.
 
     Raises:
         OSError: if there is no such file, or no image in it.
@@ -104,6 +127,9 @@ def refuse_bomb(image: Image.Image) -> None:
 
     PIL itself only warns of up to twice as many.
 
+    Args:
+        image (`Image.Image`): An opened image.
+
     Raises:
         ValueError: if it has.
     """
@@ -116,12 +142,16 @@ def refuse_bomb(image: Image.Image) -> None:
 
 
 def grey_levels(levels: np.ndarray) -> tuple[np.ndarray, float]:
-    """Grey levels in 8 bits, and the value that 255 stands for: 255, or 1 for floats in 0..1.
+    """Brings grey levels to 8 bits.
 
     16-bit levels keep their range: 65535 becomes 255. So do 32-bit ones that are too large for 8 bits.
 
     Args:
-        levels (`np.ndarray`): Of any shape but empty. Floats in 0..1 or 0..255, booleans, or integers.
+        levels (`np.ndarray` of any shape but empty): Floats in 0..1 or 0..255, booleans, or integers.
+
+    Returns:
+        `tuple[np.ndarray, float]`: The levels in uint8, of the shape of `levels`, and the value that 255 stands for:
+        255, or 1 for floats in 0..1.
 
     Raises:
         ValueError: if they lie elsewhere.
@@ -141,7 +171,14 @@ def grey_levels(levels: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """`image` as its EXIF orientation says that it is to be shown; itself where that is how it lies."""
+    """Turns an image as its EXIF orientation says that it is to be shown.
+
+    Args:
+        image (`Image.Image`): An opened image. It is decoded here.
+
+    Returns:
+        `Image.Image`: A turned copy, or `image` itself where that is how it lies.
+    """
     image.load()  # The EXIF data of a PNG file may stand behind its pixels.
     return ImageOps.exif_transpose(image) if _orientation(image) in range(2, 9) else image
 
@@ -151,21 +188,35 @@ def _orientation(image: Image.Image) -> int:
 
 
 def is_undecoded_jpeg(image: Any) -> bool:
-    """Whether `image` is the first image of a JPEG file, and its pixels are still to be decoded."""
+    """Whether `image` is the first image of a JPEG file, and its pixels are still to be decoded.
+
+    Args:
+        image (`Any`): A PIL image, or anything else.
+    """
     return isinstance(image, JpegImageFile) and bool(image.tile) and image.fp is not None and image.tell() == 0
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """`(width, height)` that an undecoded JPEG will have when it is upright."""
+    """Size that an undecoded JPEG will have when it is upright.
+
+    Args:
+        image (`Image.Image`): An opened image.
+
+    Returns:
+        `tuple[int, int]`: `(width, height)` in pixels.
+    """
     return (image.height, image.width) if _orientation(image) in range(5, 9) else image.size
 
 
 def draft_jpeg(image: JpegImageFile, size: tuple[int, int]) -> Image.Image:
-    """An undecoded JPEG, opened once more to be decoded at 1/2, 1/4 or 1/8 of its size, where that is at least `size`.
+    """Opens an undecoded JPEG once more, to be decoded at 1/2, 1/4 or 1/8 of its size where that is at least `size`.
 
     Args:
         image (`JpegImageFile`): An undecoded JPEG, which is left as it is: PIL would draft it for whoever owns it.
-        size (`tuple[int, int]`): Least `(width, height)` of the decoded image when it is upright.
+        size (`tuple[int, int]`): Least `(width, height)` in pixels of the decoded image when it is upright.
+
+    Returns:
+        `Image.Image`: The draft, not decoded yet.
     """
     draft = Image.open(image.fp)  # type: ignore[arg-type]
     draft.draft(None, size if upright_size(image) == image.size else size[::-1])
@@ -173,7 +224,12 @@ def draft_jpeg(image: JpegImageFile, size: tuple[int, int]) -> Image.Image:
 
 
 def resizes_columns_first(old_size: tuple[int, int], size: tuple[int, int]) -> bool:
-    """Whether PIL resizes a `(width, height)` along its columns before its rows; before Pillow 13 it never did."""
+    """Whether PIL resizes an image along its columns before its rows; before Pillow 13 it never did.
+
+    Args:
+        old_size (`tuple[int, int]`): `(width, height)` of the image in pixels.
+        size (`tuple[int, int]`): `(width, height)` in pixels that it is resized to.
+    """
     (old_width, old_height), (width, height) = old_size, size
     return PILLOW_VERSION >= 13 and 0 < old_height - height > 2 * (old_width - width)
 
@@ -185,8 +241,12 @@ def resize_image(
 
     Args:
         image (`Image.Image`, or `np.ndarray` of shape `(height, width)` or `(height, width, channels)`): 8-bit image.
-        size (`tuple[int, int]`): `(width, height)` to resize it to.
+        size (`tuple[int, int]`): `(width, height)` in pixels to resize it to.
         resample (`int`, *optional*): PIL's filter; for arrays one of `TORCH_FILTERS`.
+
+    Returns:
+        `Image.Image`, or `np.ndarray` of shape `(height, width)` or `(height, width, channels)` in uint8: Of the kind
+        of `image`.
     """
     if isinstance(image, Image.Image):
         return image if image.size == size else image.resize(size, resample)
@@ -205,7 +265,15 @@ def resize_image(
 
 
 def to_torch_source(image: Image.Image) -> Image.Image | np.ndarray:
-    """The array that torch resizes; the image itself where PIL does more, such as weighing colors by their opacity."""
+    """Makes the array that torch resizes, unless PIL does more to the image, such as weighing colors by their opacity.
+
+    Args:
+        image (`Image.Image`): A decoded image.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)` or `(height, width, 3)` in uint8 for a grey or RGB image; any other
+        image itself.
+    """
     return np.array(image) if image.mode in ("L", "RGB") else image
 
 
@@ -229,9 +297,10 @@ def write_pixels(target: np.ndarray, pixels: np.ndarray, normalization: Normaliz
     in the processor's cache.
 
     Args:
-        target (`np.ndarray` of shape `(bands, bands, band height, ..., channels)`): View of the places in the order of
-            the pixels: without its first two dimensions, a band is one run of pixels, row by row.
-        pixels (`np.ndarray` of shape `(height, width, channels)`): uint8.
+        target (`np.ndarray` of shape `(bands, bands, band height, ..., channels)`, uint8 or float32): View of the
+            places in the order of the pixels: without its first two dimensions, a band is one run of pixels, row by
+            row.
+        pixels (`np.ndarray` of shape `(height, width, channels)`, uint8): Grey levels of the resized image.
         normalization (`Normalization`): What is done to them.
     """
     factor, mean, std = normalization

@@ -66,7 +66,16 @@ helpful, detailed, and polite answers to the user's questions." -%}
 MAX_VIEW_TOKENS = 2**14
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    Makes a model's inputs of prompts and images: an image processor and a Llama tokenizer in one.
+
+    Source: the paper's section 3.4 and the original code's prompts; transformers' `LlavaProcessor`.
+
+    Raises a `ValueError` if `num_queries` or `image_token` is impossible, or the tokenizer does not encode the
+    separators of slices as one token each.
+    """
+)
 class LlavaUhdProcessor(ProcessorMixin):
     def __init__(
         self,
@@ -78,10 +87,16 @@ class LlavaUhdProcessor(ProcessorMixin):
         **kwargs,
     ):
         r"""
+        image_processor ([`LlavaUhdImageProcessorPil`] or [`LlavaUhdImageProcessor`], *optional*):
+            Makes patches of images.
+        tokenizer ([`LlamaTokenizer`], *optional*):
+            Makes ids of prompts. It must encode a comma and a newline between placeholders as one token each.
         num_queries (`int`, *optional*, defaults to 144):
             Features of every view, as in the model's configuration: 144 for the released weights.
         image_token (`str`, *optional*, defaults to `"<image>"`):
             Placeholder of an image in a prompt. It is added to a tokenizer that does not have it.
+        chat_template (`str`, *optional*):
+            Template of prompts, in Jinja. Defaults to Vicuna's, with images in front of their message.
         """
         check_setting("`num_queries`", num_queries, MAX_VIEW_TOKENS)
         if not isinstance(image_token, str) or not image_token:
@@ -110,6 +125,16 @@ class LlavaUhdProcessor(ProcessorMixin):
         self._starts_with_space = self.tokenizer.tokenize(COLUMN_SEPARATOR)[0].startswith("\u2581")
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """Makes what stands in the prompt for one image: a placeholder for every feature, and the separators of
+        slices.
+
+        Args:
+            image_inputs (`dict`): What the image processor returned for all images.
+            image_idx (`int`): Which of them it is.
+
+        Returns:
+            `str`: The text.
+        """
         rows, columns = (int(number) for number in image_inputs["image_grids"][image_idx][0])
         view = self.image_token * self.num_queries
         row = COLUMN_SEPARATOR.join([view] * columns) + ROW_SEPARATOR
@@ -150,6 +175,7 @@ class LlavaUhdProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self):
+        """Names of what a call returns: those of the tokenizer and of the image processor."""
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
     def _merge_kwargs(self, *args, **kwargs):
@@ -162,6 +188,19 @@ class LlavaUhdProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, mm_vision_tower=None, **kwargs):
+        """As [`ProcessorMixin.from_pretrained`], also of an original release, which has a tokenizer alone.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub repository.
+            mm_vision_tower (`str` or `os.PathLike`, *optional*): Ignored. The configuration of an original release
+                takes it, and one set of arguments shall load all parts of a release.
+
+        Returns:
+            `LlavaUhdProcessor`: An instance of the class that this is called on.
+
+        Raises:
+            ValueError: if a file is malformed.
+        """
         # `mm_vision_tower` tells the configuration of an original release where CLIP lies. A processor has no use for
         # it, but one set of arguments shall load all parts of a release.
         with loading(f"The processor in {pretrained_model_name_or_path}"):

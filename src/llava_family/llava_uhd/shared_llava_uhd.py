@@ -14,6 +14,8 @@
 """What the families with experts share: square views or LLaVA-UHD's slices, and how a balance loss counts.
 
 It lies here since families import LLaVA-UHD alone, and never each other.
+
+Source: square views are transformers' `LlavaModel`'s, slices LLaVA-UHD's.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -35,7 +37,13 @@ from .modeling_llava_uhd import (
 
 
 class SquareProjector(nn.Module):
-    """LLaVA-1.5's: two linear layers around an activation, from the vision tower's width to the text model's."""
+    """LLaVA-1.5's: two linear layers around an activation, from the vision tower's width to the text model's.
+
+    Source: the original codes' `mlp2x_gelu`; transformers' `LlavaMultiModalProjector`.
+
+    Args:
+        config (`SquareOrSlicesConfig`): With `vision_config`, `text_config` and `projector_hidden_act`.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -44,6 +52,15 @@ class SquareProjector(nn.Module):
         self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        """Maps image features to the text model's width.
+
+        Args:
+            image_features (`torch.FloatTensor` of shape `(num_images, num_features, vision_hidden_size)`): Hidden
+                states of the vision tower.
+
+        Returns:
+            `torch.FloatTensor` of shape `(num_images, num_features, hidden_size)`.
+        """
         return self.linear_2(self.act(self.linear_1(image_features)))
 
 
@@ -57,6 +74,9 @@ class SquareOrSlicesMixin(ImagePlaceholderMixin):
     def add_vision(self, config) -> None:
         """
         Adds the vision tower, and what is between it and the text model.
+
+        Args:
+            config (`SquareOrSlicesConfig`): The model; `vision_encoding` says which of the two it gets.
         """
         # CODEPATH: all releases are square; slices combine LLaVA-UHD's front end with experts
         if config.vision_encoding == "slices":
@@ -70,7 +90,17 @@ class SquareOrSlicesMixin(ImagePlaceholderMixin):
         self, pixel_values: torch.FloatTensor, image_grids: torch.LongTensor | None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         """
-        The vision tower's outputs; `pooler_output` has `(num_features, hidden_size)` for every image.
+        Encodes images and maps their features to the text model's width.
+
+        Args:
+            pixel_values (`torch.FloatTensor`): Of shape `(num_images, num_channels, height, width)`, or
+                `(total_patches, num_channels * patch_size**2)` for slices, as the image processor returns them.
+            image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`, *optional*):
+                For slices: `(rows, columns)` of slices, of the patches of one, of the overview's.
+
+        Returns:
+            `BaseModelOutputWithPooling`: The vision tower's outputs. `pooler_output` has for every image a tensor of
+            shape `(num_features, hidden_size)`.
         """
         # CODEPATH: all releases are square
         if self.config.vision_encoding == "slices":
@@ -101,7 +131,10 @@ class SquareOrSlicesMixin(ImagePlaceholderMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """
-        The fields of a model's output: what its forward's arguments give, with images merged into the prompt.
+        Merges images into the prompt and runs the text model; arguments are as in [`MoeLlavaModel.forward`].
+
+        Returns:
+            `dict[str, Any]`: The fields of a model's output.
         """
         image_inputs = {} if image_grids is None else {"image_grids": image_grids}
         inputs_embeds, image_features = self.merge_images(
@@ -130,7 +163,16 @@ class SquareOrSlicesMixin(ImagePlaceholderMixin):
 
 
 def counted_tokens(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """The mask of the last `length` tokens, `(batch_size, length)`; None where nothing tells which are padding."""
+    """Tells which tokens count in a balance loss.
+
+    Args:
+        attention_mask (`torch.LongTensor` of shape `(batch_size, total_length)`, *optional*): 0 where a token is
+            padding. Masks of other shapes, which static caches have, tell nothing.
+        length (`int`): Tokens of this call, the last ones of the mask.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size, length)`; None where nothing tells which tokens are padding.
+    """
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -length:]
@@ -143,10 +185,22 @@ def add_balance_loss(
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None,
 ) -> torch.Tensor:
-    """`loss` plus the weighted balance loss, a mean over the tokens of one call.
+    """Adds the weighted balance loss, a mean over the tokens of one call, to the loss.
 
     Where `Trainer` passes `num_items_in_batch`, the labels of all calls of a step, it counts by this call's share of
     them: gradient accumulation averages it.
+
+    Source: the original codes, which add the mean of every call; `num_items_in_batch` is transformers'.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): Of the labels.
+        balance_loss (`torch.FloatTensor` of shape `()`): Not yet weighted.
+        coefficient (`float`): Its weight.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Token ids; -100 where nothing is learned.
+        num_items_in_batch (`torch.LongTensor` of shape `()` or `int`, *optional*): Labels of the step.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`.
     """
     share: torch.Tensor | float = 1.0
     if num_items_in_batch is not None:

@@ -15,6 +15,8 @@
 
 `plan_slices` is pure arithmetic on the image size. It is the only code of the package that knows grids and token
 counts: image processors, processors, models, `explain` and the benchmarks all call it, so they cannot disagree.
+
+Source: the paper's section 3.2, in the released code's arithmetic.
 """
 
 import math
@@ -29,9 +31,10 @@ class SlicePlan:
     Attributes:
         columns (`int`): Slices per row; 0 where the image is not sliced.
         rows (`int`): Rows of slices; 0 where the image is not sliced.
-        slice_size (`tuple[int, int]`, *optional*): Size of every slice, `None` where the image is not sliced.
-        overview_size (`tuple[int, int]`): Size of the view that shows the whole image.
-        patch_size (`int`): Side of a vision encoder patch.
+        slice_size (`tuple[int, int]`, *optional*): `(width, height)` of every slice in pixels, `None` where the image
+            is not sliced.
+        overview_size (`tuple[int, int]`): `(width, height)` in pixels of the view that shows the whole image.
+        patch_size (`int`): Side of a vision encoder patch in pixels.
     """
 
     columns: int
@@ -42,6 +45,7 @@ class SlicePlan:
 
     @property
     def num_slices(self) -> int:
+        """Slices of the image, without the overview; 0 where it is not sliced."""
         return self.columns * self.rows
 
     @property
@@ -51,7 +55,9 @@ class SlicePlan:
 
     @property
     def refined_size(self) -> tuple[int, int] | None:
-        """Size that the whole image is resized to before it is cut, `None` where it is not sliced."""
+        """`(width, height)` in pixels that the whole image is resized to before it is cut, `None` where it is not
+        sliced.
+        """
         if self.slice_size is None:
             return None
         return self.slice_size[0] * self.columns, self.slice_size[1] * self.rows
@@ -69,7 +75,11 @@ class SlicePlan:
         return sum(rows * columns for rows, columns in self.view_grids)
 
     def slice_boxes(self) -> Iterator[tuple[int, int, int, int]]:
-        """`(left, top, right, bottom)` of every slice in the refined image, row by row."""
+        """Places of all slices in the refined image, row by row.
+
+        Yields:
+            `tuple[int, int, int, int]`: `(left, top, right, bottom)` of a slice in pixels.
+        """
         if self.slice_size is None:
             return
         width, height = self.slice_size
@@ -78,11 +88,25 @@ class SlicePlan:
                 yield column * width, row * height, (column + 1) * width, (row + 1) * height
 
     def num_features(self, queries: int) -> int:
-        """Image features: `queries` for every view."""
+        """Counts the features that the resampler makes of all views.
+
+        Args:
+            queries (`int`): Features of one view.
+
+        Returns:
+            `int`: Image features: `queries` for every view.
+        """
         return self.num_views * queries
 
     def num_tokens(self, queries: int) -> int:
-        """Positions in the text model's sequence: the features and one separator behind every slice."""
+        """Counts what the image takes in the text model's sequence (paper, section 3.4).
+
+        Args:
+            queries (`int`): Features of one view.
+
+        Returns:
+            `int`: Positions: the features, and one separator behind every slice.
+        """
         return self.num_features(queries) + self.num_slices
 
 
@@ -98,10 +122,14 @@ def plan_slices(
     Args:
         width (`int`): Width of the image in pixels.
         height (`int`): Height of the image in pixels.
-        base_size (`int`, *optional*, defaults to 336): Side of the square that the vision encoder was trained on.
-        patch_size (`int`, *optional*, defaults to 14): Side of a vision encoder patch.
+        base_size (`int`, *optional*, defaults to 336): Side of the square that the vision encoder was trained on, in
+            pixels.
+        patch_size (`int`, *optional*, defaults to 14): Side of a vision encoder patch in pixels.
         max_slices (`int`, *optional*, defaults to 7): Upper limit for the number of slices (the paper says 6, the
             released code and weights use 7).
+
+    Returns:
+        `SlicePlan`: Grid, sizes and counts of the views.
 
     Raises:
         ValueError: if a size or limit is not a positive integer, or `base_size` is smaller than `patch_size`.
@@ -139,6 +167,14 @@ def pre_resize_size(width: int, height: int, longest_edge: int) -> tuple[int, in
     """Size of an image whose longer side is scaled, up or down, to `longest_edge` (the original's evaluation does so).
 
     The shorter side is truncated as in the original, which can cost a pixel: 823x823 becomes 1023x1024.
+
+    Args:
+        width (`int`): Width of the image in pixels.
+        height (`int`): Height of the image in pixels.
+        longest_edge (`int`): What the longer side becomes, in pixels.
+
+    Returns:
+        `tuple[int, int]`: `(width, height)` in pixels.
 
     Raises:
         ValueError: if the image is so thin that its shorter side would vanish.

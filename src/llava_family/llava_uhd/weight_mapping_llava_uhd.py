@@ -11,7 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which tensor of an original checkpoint becomes which parameter; shared by direct loading and conversion."""
+"""Which tensor of an original checkpoint becomes which parameter; shared by direct loading and conversion.
+
+Source: names and layouts of the original code's checkpoints; the transforms are those of transformers'
+`core_model_loading`.
+"""
 
 from typing import NamedTuple
 
@@ -36,7 +40,11 @@ class OriginalLayout(NamedTuple):
 
 
 def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
-    """The transforms from an original checkpoint to a native one; on a native one none of them matches."""
+    """The transforms from an original checkpoint to a native one; on a native one none of them matches.
+
+    Returns:
+        `list[WeightConverter | WeightRenaming]`: In the order in which they are tried.
+    """
     return [
         WeightRenaming(r"^model\.embed_tokens\.", "model.language_model.embed_tokens."),
         WeightRenaming(r"^model\.layers\.", "model.language_model.layers."),
@@ -61,7 +69,14 @@ def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
 
 
 def unused_original_weights(config: LlavaUhdVisionConfig) -> dict[str, str]:
-    """Why tensors of an original vision tower have no parameter, by regular expression for names in either format."""
+    """Why tensors of an original vision tower have no parameter.
+
+    Args:
+        config (`LlavaUhdVisionConfig`): The vision tower, which ends with its `vision_feature_layer`.
+
+    Returns:
+        `dict[str, str]`: Reason by regular expression, for names in either format.
+    """
     unused_layers = range(config.num_feature_layers, config.num_hidden_layers)
     above = "the image features are taken below it"
     return {
@@ -72,7 +87,17 @@ def unused_original_weights(config: LlavaUhdVisionConfig) -> dict[str, str]:
 
 
 def original_layout(config: PreTrainedConfig) -> OriginalLayout:
-    """The way back. ValueError if the original code has no such model."""
+    """The way back, from a native model to the layout of the original code.
+
+    Args:
+        config (`LlavaUhdConfig`): The model.
+
+    Returns:
+        `OriginalLayout`: The transforms, and what an original may hold beside the model's tensors.
+
+    Raises:
+        ValueError: if the original code has no such model.
+    """
     if config.text_config.model_type != "llama" or config.resampler_type != "spatial":
         raise ValueError(
             "The original LLaVA-UHD has a `llama` text model and a `spatial` resampler, but this model has "

@@ -100,7 +100,7 @@ SPARSE_DOCSTRING = """
         Limits each expert to `num_experts_per_tok * capacity_factor / num_experts` of the tokens in training; what is
         beyond is dropped. None, the default, drops nothing. The releases were trained with 1.5.
     eval_capacity_factor (`float`, *optional*):
-        The same in evaluation. The releases have 2.0, which drops nothing with up to four experts.
+        The same limit of tokens in evaluation. The releases have 2.0, which drops nothing with up to four experts.
     min_capacity (`int`, *optional*, defaults to 0):
         Least number of tokens that an expert takes, where there is a capacity.
     use_residual (`bool`, *optional*, defaults to `False`):
@@ -143,6 +143,11 @@ class SparseTextConfigMixin:
         super().__post_init__(**kwargs)
 
     def validate_experts(self):
+        """Refuses impossible settings of experts; called when a configuration is made.
+
+        Raises:
+            ValueError: if `num_experts_per_tok` or a capacity factor is impossible.
+        """
         if not 1 <= self.num_experts_per_tok <= min(2, self.num_experts):
             raise ValueError(
                 "`num_experts_per_tok` must be 1 or 2, as in the original, and at most `num_experts` "
@@ -154,7 +159,17 @@ class SparseTextConfigMixin:
                 raise ValueError(f"`{name}` must be positive, or None to drop no token, but is {value}.")
 
 
-@auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
+@auto_docstring(
+    checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e",
+    custom_intro="""
+    Configuration of a [`MoeLlavaPhiModel`]: a Phi whose chosen layers have experts.
+
+    Source: MoE-LLaVA's section 3.2 and the original code's `moe` settings; transformers' `PhiConfig`.
+
+    Raises a `ValueError` if the settings of experts are impossible, or `moe_layers` names layers that there are
+    not.
+    """,
+)
 @strict
 class MoeLlavaPhiConfig(SparseTextConfigMixin, PhiConfig):
     __doc__ = SPARSE_DOCSTRING
@@ -171,7 +186,17 @@ class MoeLlavaPhiConfig(SparseTextConfigMixin, PhiConfig):
     }
 
 
-@auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
+@auto_docstring(
+    checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e",
+    custom_intro="""
+    Configuration of a [`MoeLlavaStableLmModel`]: a StableLM whose chosen layers have experts.
+
+    Source: MoE-LLaVA's section 3.2 and the original code's `moe` settings; transformers' `StableLmConfig`.
+
+    Raises a `ValueError` if the settings of experts are impossible, or `moe_layers` names layers that there are
+    not.
+    """,
+)
 @strict
 class MoeLlavaStableLmConfig(SparseTextConfigMixin, StableLmConfig):
     __doc__ = f"""{SPARSE_DOCSTRING}
@@ -195,7 +220,17 @@ class MoeLlavaStableLmConfig(SparseTextConfigMixin, StableLmConfig):
     base_model_pp_plan = LlamaConfig.base_model_pp_plan
 
 
-@auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
+@auto_docstring(
+    checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e",
+    custom_intro="""
+    Configuration of a [`MoeLlavaQwen2Model`]: a Qwen2, as which Qwen-1 is converted, whose chosen layers have experts.
+
+    Source: MoE-LLaVA's section 3.2 and the original code's `moe` settings; transformers' `Qwen2Config`.
+
+    Raises a `ValueError` if the settings of experts are impossible, or `moe_layers` names layers that there are
+    not.
+    """,
+)
 @strict
 class MoeLlavaQwen2Config(SparseTextConfigMixin, Qwen2Config):
     __doc__ = SPARSE_DOCSTRING
@@ -205,7 +240,17 @@ class MoeLlavaQwen2Config(SparseTextConfigMixin, Qwen2Config):
     base_model_tp_plan = Qwen2Config.base_model_tp_plan | EXPERTS_TP_PLAN
 
 
-@auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
+@auto_docstring(
+    checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e",
+    custom_intro="""
+    Configuration of a [`MoeLlavaLlamaModel`]: a Llama whose chosen layers have experts.
+
+    Source: MoE-LLaVA's section 3.2 and the original code's `moe` settings; transformers' `LlamaConfig`.
+
+    Raises a `ValueError` if the settings of experts are impossible, or `moe_layers` names layers that there are
+    not.
+    """,
+)
 @strict
 class MoeLlavaLlamaConfig(SparseTextConfigMixin, LlamaConfig):
     __doc__ = SPARSE_DOCSTRING
@@ -215,7 +260,17 @@ class MoeLlavaLlamaConfig(SparseTextConfigMixin, LlamaConfig):
     base_model_tp_plan = LlamaConfig.base_model_tp_plan | EXPERTS_TP_PLAN
 
 
-@auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
+@auto_docstring(
+    checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e",
+    custom_intro="""
+    Configuration of a [`MoeLlavaMistralModel`]: a Mistral whose chosen layers have experts.
+
+    Source: MoE-LLaVA's section 3.2 and the original code's `moe` settings; transformers' `MistralConfig`.
+
+    Raises a `ValueError` if the settings of experts are impossible, or `moe_layers` names layers that there are
+    not.
+    """,
+)
 @strict
 class MoeLlavaMistralConfig(SparseTextConfigMixin, MistralConfig):
     __doc__ = SPARSE_DOCSTRING
@@ -225,7 +280,17 @@ class MoeLlavaMistralConfig(SparseTextConfigMixin, MistralConfig):
     base_model_tp_plan = MistralConfig.base_model_tp_plan | EXPERTS_TP_PLAN
 
 
-@auto_docstring(checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e")
+@auto_docstring(
+    checkpoint="LanguageBind/MoE-LLaVA-Phi2-2.7B-4e",
+    custom_intro="""
+    Configuration of a [`MoeLlavaModel`]. The defaults, but for the sizes of the text model, are those of
+    [LanguageBind/MoE-LLaVA-Phi2-2.7B-4e](https://huggingface.co/LanguageBind/MoE-LLaVA-Phi2-2.7B-4e).
+
+    Source: MoE-LLaVA's section 3 and the releases' `config.json`; transformers' `LlavaConfig`.
+
+    Raises a `ValueError` if `vision_feature_layer` is none of the tower's, or a size is impossible.
+    """,
+)
 @strict
 class MoeLlavaConfig(SquareOrSlicesConfig):
     __doc__ = f"""

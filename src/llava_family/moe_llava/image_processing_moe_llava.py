@@ -20,7 +20,14 @@ from ..llava_uhd.image_processing_square_llava_uhd import SquareOrSlicesImagePro
 from .image_processing_pil_moe_llava import MoeLlavaImageProcessorKwargs
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    Makes square views of images, or slices and an overview, by torchvision on the device of its input. Pixels are
+    within a few grey levels of [`MoeLlavaImageProcessorPil`]'s.
+
+    Source: the original code's `expand2square`, and CLIP's or SigLIP's image processor.
+    """
+)
 class MoeLlavaImageProcessor(SquareOrSlicesImageProcessor):
     def __init__(self, **kwargs: Unpack[MoeLlavaImageProcessorKwargs]):
         super().__init__(**kwargs)

@@ -25,7 +25,13 @@ from ..llava_uhd.image_processing_pil_square_llava_uhd import (
 MoeLlavaImageProcessorKwargs = SquareOrSlicesImageProcessorKwargs
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    Makes square views of images, or slices and an overview. The pixels of square views are those of the original code.
+
+    Source: the original code's `expand2square`, and CLIP's or SigLIP's image processor.
+    """
+)
 class MoeLlavaImageProcessorPil(SquareOrSlicesImageProcessorPil):
     def __init__(self, **kwargs: Unpack[MoeLlavaImageProcessorKwargs]):
         super().__init__(**kwargs)

@@ -340,7 +340,13 @@ def init_sparse_weights(module: nn.Module, config) -> None:
                 init.normal_(parameter, std=config.initializer_range)
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    A Phi whose chosen layers have experts, without a language modeling head.
+
+    Source: MoE-LLaVA's section 3.2; transformers' `PhiModel`.
+    """
+)
 class MoeLlavaPhiModel(SparseTextModelMixin, PhiModel):
     config: MoeLlavaPhiConfig
     _experts_class = MoeLlavaPhiExperts
@@ -360,7 +366,13 @@ class MoeLlavaStableLmDecoderLayer(StableLmDecoderLayer):
         return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    A StableLM whose chosen layers have experts, without a language modeling head.
+
+    Source: MoE-LLaVA's section 3.2; transformers' `StableLmModel`.
+    """
+)
 class MoeLlavaStableLmModel(SparseTextModelMixin, StableLmModel):
     config: MoeLlavaStableLmConfig
     _supports_attention_backend = True
@@ -376,19 +388,37 @@ class MoeLlavaStableLmModel(SparseTextModelMixin, StableLmModel):
             layer.__class__ = MoeLlavaStableLmDecoderLayer
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    A Qwen2, as which Qwen-1 is converted, whose chosen layers have experts, without a language modeling head.
+
+    Source: MoE-LLaVA's section 3.2; transformers' `Qwen2Model`.
+    """
+)
 class MoeLlavaQwen2Model(SparseTextModelMixin, Qwen2Model):
     config: MoeLlavaQwen2Config
     _can_record_outputs = {**Qwen2Model._can_record_outputs, "router_logits": OutputRecorder(MoeLlavaRouter, index=0)}
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    A Llama whose chosen layers have experts, without a language modeling head.
+
+    Source: MoE-LLaVA's section 3.2; transformers' `LlamaModel`.
+    """
+)
 class MoeLlavaLlamaModel(SparseTextModelMixin, LlamaModel):
     config: MoeLlavaLlamaConfig
     _can_record_outputs = {**LlamaModel._can_record_outputs, "router_logits": OutputRecorder(MoeLlavaRouter, index=0)}
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    A Mistral whose chosen layers have experts, without a language modeling head.
+
+    Source: MoE-LLaVA's section 3.2; transformers' `MistralModel`.
+    """
+)
 class MoeLlavaMistralModel(SparseTextModelMixin, MistralModel):
     config: MoeLlavaMistralConfig
     _can_record_outputs = {
@@ -417,7 +447,13 @@ def build_text_model(config) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    What the models of MoE-LLaVA share: loading, and the choice of attention.
+
+    Source: transformers' `PreTrainedModel`.
+    """
+)
 class MoeLlavaPreTrainedModel(UntrustedCheckpointMixin, FlashAttentionByDefaultMixin, PreTrainedModel):
     config: MoeLlavaConfig
     base_model_prefix = "model"
@@ -452,6 +488,8 @@ class MoeLlavaPreTrainedModel(UntrustedCheckpointMixin, FlashAttentionByDefaultM
     custom_intro="""
     The MoE-LLaVA model which consists of a vision backbone, a projector and a sparse language model, without a
     language modeling head.
+
+    Source: MoE-LLaVA's section 3 and the original code; transformers' `LlavaModel`.
     """
 )
 class MoeLlavaModel(SquareOrSlicesMixin, MoeLlavaPreTrainedModel):
@@ -477,7 +515,9 @@ class MoeLlavaModel(SquareOrSlicesMixin, MoeLlavaPreTrainedModel):
         image_grids (`torch.LongTensor` of shape `(num_images, 3, 2)`, *optional*):
             Slices and patches of every image, for `"slices"`; see [`LlavaUhdModel`].
 
-        Returns `pooler_output`, for every image a tensor of shape `(num_features, hidden_size)`.
+        Returns:
+            `BaseModelOutputWithPooling`: With `pooler_output`, for every image a tensor of shape `(num_features,
+            hidden_size)`.
         """
         return self.encode_images(pixel_values, image_grids, **kwargs)
 
@@ -522,6 +562,8 @@ class MoeLlavaModel(SquareOrSlicesMixin, MoeLlavaPreTrainedModel):
     custom_intro="""
     The MoE-LLaVA model (arXiv 2401.15947): a vision-language model whose language model sends every token to a few of
     many experts.
+
+    Source: MoE-LLaVA's section 3 and the original code; transformers' `LlavaForConditionalGeneration`.
     """
 )
 class MoeLlavaForCausalLM(MoeLlavaPreTrainedModel, PlaceholderGenerationMixin):
@@ -537,9 +579,19 @@ class MoeLlavaForCausalLM(MoeLlavaPreTrainedModel, PlaceholderGenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
+        """
+        Gives the language modeling head.
+
+        Returns:
+            `nn.Linear`: From `hidden_size` to the text model's vocabulary.
+        """
         return self.lm_head
 
     def adjust_generation_fn(self, *args, **kwargs):
+        """
+        Sets generation up when the model is loaded, as in transformers, with the text model's special tokens where
+        there are none.
+        """
         super().adjust_generation_fn(*args, **kwargs)
         # Where generation settings do not tell how an answer ends, as those of the Phi releases, the model does.
         for name in ("eos_token_id", "pad_token_id"):

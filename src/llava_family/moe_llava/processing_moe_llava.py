@@ -58,7 +58,16 @@ def chat_template(end_of_turn: str) -> str:
     return CHAT_TEMPLATE.replace("'</s>'", json.dumps(end_of_turn))
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    Makes a model's inputs of prompts and images: an image processor and a tokenizer in one.
+
+    Source: the original code's prompts; transformers' `LlavaProcessor`.
+
+    Raises a `ValueError` if a number or `image_token` is impossible, or the tokenizer does not tell how an answer ends
+    or does not encode the separators of slices as one token each.
+    """
+)
 class MoeLlavaProcessor(LlavaUhdProcessor):
     def __init__(
         self,
@@ -71,6 +80,10 @@ class MoeLlavaProcessor(LlavaUhdProcessor):
         **kwargs,
     ):
         r"""
+        image_processor ([`MoeLlavaImageProcessorPil`] or [`MoeLlavaImageProcessor`], *optional*):
+            Makes pixel values of images.
+        tokenizer ([`PreTrainedTokenizerFast`], *optional*):
+            Makes ids of prompts: that of the model's language model.
         num_image_tokens (`int`, *optional*, defaults to 576):
             Features of an image under the vision encoding `"square"`: 576 for the released CLIP, 728 for the released
             SigLIP.
@@ -78,6 +91,9 @@ class MoeLlavaProcessor(LlavaUhdProcessor):
             Features of every view under the vision encoding `"slices"`, as in the model's configuration.
         image_token (`str`, *optional*, defaults to `"<image>"`):
             Placeholder of an image in a prompt. It is added to a tokenizer that does not have it.
+        chat_template (`str`, *optional*):
+            Template of prompts, in Jinja. Defaults to Vicuna's with the token by which the tokenizer's language model
+            ends an answer.
         """
         check_setting("`num_image_tokens`", num_image_tokens, MAX_VIEW_TOKENS)
         self.num_image_tokens = num_image_tokens
@@ -90,6 +106,16 @@ class MoeLlavaProcessor(LlavaUhdProcessor):
         )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """Makes what stands in the prompt for one image: a placeholder for every feature, and the separators of
+        slices.
+
+        Args:
+            image_inputs (`dict`): What the image processor returned for all images.
+            image_idx (`int`): Which of them it is.
+
+        Returns:
+            `str`: The text.
+        """
         if "image_grids" in image_inputs:
             return super().replace_image_token(image_inputs, image_idx, **kwargs)
         return self.image_token * self.num_image_tokens
@@ -119,6 +145,19 @@ class MoeLlavaProcessor(LlavaUhdProcessor):
     # files, a release has the tokenizer's alone.
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, mm_image_tower=None, **kwargs):
+        """As [`ProcessorMixin.get_processor_dict`], also of an original release, which has a tokenizer's files alone.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub repository.
+            mm_image_tower (`str` or `os.PathLike`, *optional*): Folder of the vision tower of an original release, as
+                the model's configuration takes it.
+
+        Returns:
+            `tuple[dict[str, Any], dict[str, Any]]`: The processor's settings, and the arguments that were not used.
+
+        Raises:
+            ValueError: if the release's vision tower is unknown.
+        """
         original = _read_original_config(pretrained_model_name_or_path, kwargs)
         processor_dict, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if original and "image_processor" not in processor_dict:

@@ -175,6 +175,8 @@ class _TiktokenConverter(TikTokenConverter):
 def load_original_tokenizer(folder: str | os.PathLike, **kwargs) -> PreTrainedTokenizerFast:
     """Loads the tokenizer of an original release, which is told by the files that it consists of.
 
+    Source: the original releases' tokenizers, whose ids it gives; transformers' `AutoTokenizer`.
+
     Args:
         folder (`str` or `os.PathLike`): Folder or Hub name of the release.
         kwargs: Where and how to look on the Hub, as in `from_pretrained`; anything else is ignored.

@@ -15,6 +15,9 @@
 
 One list serves all backbones: Qwen-1's names are first brought to those of the others, and on a native checkpoint none
 of the patterns matches but those of the vocabulary, which then stays as it is.
+
+Source: names and layouts of the original code's checkpoints; the transforms are those of transformers'
+`core_model_loading`.
 """
 
 import torch
@@ -42,6 +45,18 @@ class KeepVocabulary(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
+        """Cuts one tensor off behind the vocabulary; transformers calls it.
+
+        Args:
+            input_dict (`dict[str, torch.Tensor | list[torch.Tensor]]`): The one tensor, of shape `(rows, hidden_size)`
+                in any dtype, by its pattern.
+            source_patterns (`list[str]`): Patterns of the originals' names.
+            target_patterns (`list[str]`): The new name.
+            config (`PreTrainedConfig`): The model, whose text model has `vocab_size`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: A view of shape `(vocab_size, hidden_size)` by its new name.
+        """
         tensors = next(iter(input_dict.values()))
         tensor = tensors[0] if isinstance(tensors, list) else tensors
         return {target_patterns[0]: tensor[: config.get_text_config().vocab_size]}
@@ -57,7 +72,11 @@ UNUSED_ORIGINAL_WEIGHTS = {
 
 
 def original_weight_mapping() -> list[WeightConverter | WeightRenaming]:
-    """The transforms from an original checkpoint, sparse or dense, to a native one."""
+    """The transforms from an original checkpoint, sparse or dense, to a native one.
+
+    Returns:
+        `list[WeightConverter | WeightRenaming]`: In the order in which they are tried.
+    """
     return [
         *_renamings(),
         # Without the prefix that a model without a head does not have.
@@ -140,9 +159,18 @@ def _renamings() -> list[WeightRenaming]:
 
 
 def original_layout(config: PreTrainedConfig) -> OriginalLayout:
-    """The way back. ValueError if the original code has no such model.
+    """The way back, from a native model to the layout of the original code.
 
     The way there serves all backbones at once, so it cannot be reversed: each has its own names to go back to.
+
+    Args:
+        config (`MoeLlavaConfig`): The model.
+
+    Returns:
+        `OriginalLayout`: The transforms, and what an original may hold beside the model's tensors.
+
+    Raises:
+        ValueError: if the original code has no such model.
     """
     text_type = config.text_config.model_type
     if text_type not in ORIGINAL_BACKBONES.values() or config.vision_encoding != "square":

@@ -28,10 +28,16 @@ class MoleCausalLMOutputWithPast(CausalLMOutputWithPast):
     A class of its own because what wraps a model, such as DistributedDataParallel, takes outputs apart and builds them
     again, and keeps the declared fields only.
 
+    Source: transformers' `CausalLMOutputWithPast`.
+
     Attributes:
         loss (`torch.FloatTensor` of shape `()`): That of the base model plus `balance_loss_coef * balance_loss`.
         balance_loss (`torch.FloatTensor` of shape `()`, float32): Of the tuner's experts, not yet weighted.
-        aux_loss, router_logits, image_hidden_states (*optional*): What the base model has.
+        aux_loss (`torch.FloatTensor` of shape `()`, *optional*): What the base model has under this name.
+        router_logits (`tuple[torch.FloatTensor, ...]`, *optional*): What the base model has under this name, of shape
+            `(tokens, num_experts)` for every sparse layer of MoE-LLaVA.
+        image_hidden_states (`torch.FloatTensor` of shape `(num_features, hidden_size)`, *optional*): What the base
+            model has under this name.
     """
 
     balance_loss: torch.FloatTensor | None = None

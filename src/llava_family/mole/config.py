@@ -1,4 +1,7 @@
-"""Configuration of the mixture of LoRA experts as a PEFT method."""
+"""Configuration of the mixture of LoRA experts as a PEFT method.
+
+Source: LLaVA-MoLE's section 3; PEFT's `LoraConfig` and `PeftType`.
+"""
 
 import enum
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ class MoleConfig(PeftConfig):
     Configuration of a mixture of LoRA experts, see [`get_mole_model`].
 
     Args:
+        task_type (`str`, *optional*, defaults to `"CAUSAL_LM"`): Which class of PEFT wraps the model.
         r (`int`): Rank of every expert, and of the attention's adapters.
         lora_alpha (`float`): What an expert adds is scaled by `lora_alpha / r`.
         num_experts (`int`): Experts of every feed-forward network. With 1 this is plain LoRA, without a router.

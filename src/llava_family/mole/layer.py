@@ -1,4 +1,7 @@
-"""Layers that a mixture of LoRA experts puts into a model, around the layers of `llava_mole`."""
+"""Layers that a mixture of LoRA experts puts into a model, around the layers of `llava_mole`.
+
+Source: PEFT's `BaseTunerLayer` and `lora.Linear`.
+"""
 
 from collections.abc import Sequence
 from typing import cast
@@ -29,6 +32,11 @@ class MoleTunerLayer(BaseTunerLayer):
     """What holds the parts of several adapters, of which one at most is active."""
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes one adapter the active one, as in PEFT.
+
+        Raises:
+            ValueError: if several are given: a mixture of LoRA experts routes by the router of one adapter.
+        """
         if not isinstance(adapter_names, str) and len(adapter_names) > 1:
             raise ValueError(
                 f"One adapter can be active, but {list(adapter_names)} were given: a mixture of LoRA experts routes "
@@ -38,7 +46,11 @@ class MoleTunerLayer(BaseTunerLayer):
 
 
 class MoleTunerLinear(nn.Module, MoleTunerLayer):
-    """A linear layer with the experts of every adapter: one expert is an ordinary LoRA adapter."""
+    """A linear layer with the experts of every adapter: one expert is an ordinary LoRA adapter.
+
+    Args:
+        base_layer (`nn.Linear`): The layer that it stands for.
+    """
 
     adapter_layer_names = ("mole_experts",)
 
@@ -50,6 +62,13 @@ class MoleTunerLinear(nn.Module, MoleTunerLayer):
         self.merged_adapters: list[str] = []
 
     def add_adapter(self, adapter_name: str, config: MoleConfig, num_experts: int) -> None:
+        """Adds new experts, which at first change nothing.
+
+        Args:
+            adapter_name (`str`): Name of their adapter.
+            config (`MoleConfig`): Rank, scale and dropout.
+            num_experts (`int`): How many; 1 in the attention.
+        """
         experts = MoleExperts(
             self.in_features, self.out_features, num_experts, config.r, config.lora_alpha, config.lora_dropout
         )
@@ -58,7 +77,11 @@ class MoleTunerLinear(nn.Module, MoleTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def active_name(self) -> str | None:
-        """Name of the adapter that is active and has experts here, if there is one and adapters are enabled."""
+        """Name of the adapter that computes here.
+
+        Returns:
+            `str`: Of the adapter that is active and has experts here; None if there is none, or adapters are disabled.
+        """
         active = self.active_adapters
         if self.disable_adapters or self.merged or not active or active[0] not in self.mole_experts:
             return None
@@ -67,7 +90,12 @@ class MoleTunerLinear(nn.Module, MoleTunerLayer):
     def forward(
         self, hidden_states: torch.Tensor, weights: torch.Tensor | None = None, groups: TokenGroups | None = None
     ) -> torch.Tensor:
-        """`(..., in_features)` to `(..., out_features)`; see [`MoleExperts.forward`]."""
+        """Computes the linear layer and adds what the active adapter's experts do; arguments are as in
+        [`MoleExperts.forward`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., out_features)`.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         output = self.base_layer(hidden_states)
@@ -75,13 +103,24 @@ class MoleTunerLinear(nn.Module, MoleTunerLayer):
         return output if name is None else output + self.mole_experts[name](hidden_states, weights, groups)
 
     def delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """What the adapter's one expert adds to the weight, `(out_features, in_features)` in float32."""
+        """What the adapter's one expert adds to the weight.
+
+        Args:
+            adapter_name (`str`): Name of the adapter.
+
+        Returns:
+            `torch.FloatTensor` of shape `(out_features, in_features)`, float32.
+        """
         experts = cast(MoleExperts, self.mole_experts[adapter_name])
         return experts.scaling * (experts.weight_B[0].float().T @ experts.weight_A[0].float())
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds one-expert adapters to the weight; the sum is computed in float32 and rounded once.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): Whether to refuse a weight that is not finite.
+            adapter_names (`list[str]`, *optional*): Which adapters; the active one by default.
 
         Raises:
             ValueError: if an adapter has several experts or, with `safe_merge`, makes a weight that is not finite; or
@@ -105,6 +144,7 @@ class MoleTunerLinear(nn.Module, MoleTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
+        """Takes merged adapters out of the weight again, up to rounding."""
         weight = self.base_layer.weight
         while self.merged_adapters:
             delta = self.delta_weight(self.merged_adapters.pop())
@@ -112,7 +152,11 @@ class MoleTunerLinear(nn.Module, MoleTunerLayer):
 
 
 class MoleTunerRouter(nn.ModuleDict, MoleTunerLayer):
-    """The routers of a feed-forward network, one for every adapter that has several experts."""
+    """The routers of a feed-forward network, one for every adapter that has several experts.
+
+    Args:
+        base_layer (`nn.Linear`): The network's first linear layer, which tells device, dtype and width.
+    """
 
     adapter_layer_names = ("routers",)
     other_param_names = ("routing", "scale_by_gate")
@@ -126,9 +170,16 @@ class MoleTunerRouter(nn.ModuleDict, MoleTunerLayer):
 
     @property
     def routers(self) -> nn.ModuleDict:
+        """This module itself, under the name by which PEFT looks for adapters' parts."""
         return self
 
     def add_adapter(self, adapter_name: str, config: MoleConfig) -> None:
+        """Adds a new router.
+
+        Args:
+            adapter_name (`str`): Name of its adapter.
+            config (`MoleConfig`): Number of experts, and how it routes.
+        """
         router = MoleRouter(cast(nn.Linear, self.get_base_layer()).in_features, config.num_experts)
         init_mole_weights(router)
         self[adapter_name] = router
@@ -136,7 +187,15 @@ class MoleTunerRouter(nn.ModuleDict, MoleTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def forward(self, hidden_states: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """Weights of the adapter's experts, `(..., num_experts)` in float32."""
+        """Routes every token.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., in_features)`): Input of the network.
+            adapter_name (`str`): Whose router.
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., num_experts)`, float32: Weights of the adapter's experts.
+        """
         router = cast(MoleRouter, self[adapter_name])
         logits = router(hidden_states)
         if STATE.recording is not None:
@@ -144,16 +203,33 @@ class MoleTunerRouter(nn.ModuleDict, MoleTunerLayer):
         return route_tokens(logits, self.routing[adapter_name], self.scale_by_gate[adapter_name])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuses to merge several experts; a router itself has nothing to merge.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): Not looked at.
+            adapter_names (`list[str]`, *optional*): Which adapters; the active one by default.
+
+        Raises:
+            ValueError: if an adapter has several experts.
+        """
         for name in adapter_names or self.active_adapters:
             if name in self:
                 refuse_to_merge(name, cast(MoleRouter, self[name]).out_features)
 
     def unmerge(self) -> None:
+        """Does nothing, since nothing was merged."""
         pass  # nothing was merged
 
 
 class MoleTunerMLP(nn.Module):
-    """Stands for a feed-forward network, whose children it has under their names, and routes by its input."""
+    """Stands for a feed-forward network, whose children it has under their names, and routes by its input.
+
+    Args:
+        mlp (`nn.Module`): The network: gated as Llama's, or plain as Phi's.
+
+    Raises:
+        TypeError: if it is of another shape.
+    """
 
     act_fn: nn.Module
     activation_fn: nn.Module
@@ -174,10 +250,19 @@ class MoleTunerMLP(nn.Module):
 
     @property
     def projections(self) -> tuple[str, ...]:
+        """Names of the network's linear layers."""
         return GATED_PROJECTIONS if self.is_gated else PLAIN_PROJECTIONS
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, sequence_length, hidden_size)` to the same."""
+        """Routes every token by the active adapter's router and computes the network.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`): Input of the
+                network.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`.
+        """
         # The experts tell what is active, for PEFT may leave the router of a deleted adapter, see model.py.
         active = self._active()
         weights = groups = None
@@ -213,7 +298,19 @@ class MoleTunerMLP(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The network that this one stands for; PEFT calls it."""
+        """Gives the network back that this one stands for; PEFT calls it.
+
+        Args:
+            merge (`bool`): Whether to merge adapters into its weights before.
+            safe_merge (`bool`): As of [`MoleTunerLinear.merge`].
+            adapter_names (`list[str]`, *optional*): As of [`MoleTunerLinear.merge`].
+
+        Returns:
+            `nn.Module`: The network, without adapters.
+
+        Raises:
+            ValueError: if an adapter cannot be merged.
+        """
         for name in self.projections:
             projection = getattr(self, name)
             if isinstance(projection, MoleTunerLinear):

@@ -65,6 +65,8 @@ def mole_from_lora_adapters(
     Where the router sends a token to expert `e`, the feed-forward networks compute what they do with adapter `e`. A
     linear layer that an adapter leaves alone gets an expert that adds nothing.
 
+    Source: no counterpart in the original code; adapters are PEFT's.
+
     Args:
         model (`PreTrainedModel`): The model that the adapters were trained for. Changed in place.
         adapters (`list` of `str` or `os.PathLike`): Folders as `save_pretrained` writes them, one for every expert.
@@ -72,11 +74,15 @@ def mole_from_lora_adapters(
             of the first folder, `"drop"` none. By default adapters of the attention are refused.
         config (*optional*): Fields of [`MoleConfig`], such as `routing`, but for those that the adapters decide.
 
+    Returns:
+        `PeftModel`: Around `model`.
+
     Raises:
         FileNotFoundError: if a folder has no `adapter_config.json` or no `adapter_model.safetensors`.
         TypeError: if `config` has a field that the adapters decide.
         ValueError: if adapters are no ordinary LoRA, their ranks differ, one adapts no feed-forward network of the
             text model or anything beside its layers, or `attention` is not given and one adapts attention.
+        RuntimeError: if a layer was not adapted, which only a bug can do.
     """
     if not adapters:
         raise ValueError("`adapters` must name a folder for every expert, but is empty.")

@@ -28,7 +28,10 @@ from .targets import Targets, find_targets, wrap_mlps
 
 
 class MoleModel(BaseTuner):
-    """Puts a mixture of LoRA experts into a model; PEFT builds it, see [`get_mole_model`]."""
+    """Puts a mixture of LoRA experts into a model; PEFT builds it, see [`get_mole_model`].
+
+    Source: LLaVA-MoLE's section 3; PEFT's `LoraModel`.
+    """
 
     prefix: str = "mole_"
     tuner_layer_cls = MoleTunerLayer
@@ -154,12 +157,17 @@ def get_mole_model(
 
     Saved adapters have the names of [`LlavaMoleTextModel`]: `layers.0.mlp.gate_proj.mole_experts.weight_A`.
 
+    Source: LLaVA-MoLE's section 3; PEFT's `get_peft_model`.
+
     Args:
         model (`PreTrainedModel`): A causal language model whose feed-forward networks are shaped like those of Llama,
             Mistral, Qwen2 and StableLM, or of Phi; or a vision-language model around one. Changed in place.
         config (`MoleConfig`): What to adapt, and how.
-        adapter_name (`str`, *optional*, defaults to `"default"`).
+        adapter_name (`str`, *optional*, defaults to `"default"`): Under which PEFT knows the adapter.
         kwargs (*optional*): Further arguments of `peft.get_peft_model`, such as `autocast_adapter_dtype=False`.
+
+    Returns:
+        `PeftModel`: Around `model`.
 
     Raises:
         TypeError: if `model` is no transformers model, or `config` no [`MoleConfig`].
@@ -172,6 +180,8 @@ def get_mole_model(
 
 def register_with_peft() -> None:
     """Enters the method into PEFT's tables, under the name `"MOLE"`.
+
+    Source: PEFT's `register_peft_method`, which takes PEFT's own types alone.
 
     Raises:
         RuntimeError: if PEFT has a method of this name that is not ours.

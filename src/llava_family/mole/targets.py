@@ -1,4 +1,8 @@
-"""Finds what a mixture of LoRA experts adapts: linear layers of the text model, and of nothing else."""
+"""Finds what a mixture of LoRA experts adapts: linear layers of the text model, and of nothing else.
+
+Source: LLaVA-MoLE's section 3: experts in every feed-forward network, LoRA in the attention; PEFT finds targets by
+name alone.
+"""
 
 from dataclasses import dataclass
 
@@ -19,7 +23,13 @@ ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "dense")
 
 @dataclass(frozen=True)
 class Targets:
-    """Names within the model: of feed-forward networks, of their linear layers, and of the attention's."""
+    """Names of a model's modules that are adapted.
+
+    Attributes:
+        mlps (`tuple[str, ...]`): Feed-forward networks.
+        projections (`tuple[str, ...]`): Their linear layers.
+        attention (`tuple[str, ...]`): The attention's linear layers.
+    """
 
     mlps: tuple[str, ...]
     projections: tuple[str, ...]
@@ -28,6 +38,15 @@ class Targets:
 
 def find_targets(model: nn.Module, config: MoleConfig) -> Targets:
     """
+    Finds the modules that a configuration asks for.
+
+    Args:
+        model (`PreTrainedModel`): A language model, or a vision-language model around one.
+        config (`MoleConfig`): What to adapt.
+
+    Returns:
+        `Targets`: Names within `model`.
+
     Raises:
         TypeError: if `model` is none of transformers'.
         ValueError: if it has no text model whose feed-forward networks have a known shape, is adapted already, or
@@ -63,6 +82,10 @@ def find_targets(model: nn.Module, config: MoleConfig) -> Targets:
 
 def wrap_mlps(model: nn.Module, names: tuple[str, ...]) -> None:
     """Puts a [`MoleTunerMLP`] into the place of every feed-forward network that is not one yet.
+
+    Args:
+        model (`nn.Module`): Changed in place.
+        names (`tuple[str, ...]`): Of the networks.
 
     Raises:
         ValueError: if a network computes something else than others of its shape.

@@ -9,12 +9,17 @@ from transformers import TrainingArguments
 class LlavaTrainingArguments(TrainingArguments):
     """`TrainingArguments` for [`LlavaTrainer`].
 
+    Source: `group_by_modality_length` and `mm_projector_lr` of LLaVA's training code; transformers'
+    `TrainingArguments`.
+
     Args:
         group_by_modality_length (`bool`, *optional*, defaults to `False`):
             Puts into one optimizer step samples that all have images or all have none, and that are of similar length.
             The second and later stages of all three families use it.
         projector_learning_rate (`float`, *optional*):
             Learning rate of what lies between vision tower and text model. `learning_rate` if not given.
+        remove_unused_columns (`bool`, *optional*, defaults to `False`):
+            Must be False: the model's inputs are made by the collator.
 
     Raises:
         ValueError: if `remove_unused_columns` is set, which would take the messages from the collator, or

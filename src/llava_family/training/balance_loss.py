@@ -1,4 +1,7 @@
-"""Logs the balance loss beside the loss that contains it."""
+"""Logs the balance loss beside the loss that contains it.
+
+Source: no counterpart in the original codes; transformers' `TrainerCallback`.
+"""
 
 from typing import Any
 
@@ -25,7 +28,14 @@ class BalanceLossCallback(TrainerCallback):
         self._handle: Any = None
 
     def add_to(self, trainer: Trainer) -> "BalanceLossCallback":
-        """Adds this callback before all others of a trainer."""
+        """Adds this callback before all others of a trainer.
+
+        Args:
+            trainer (`Trainer`): Changed in place.
+
+        Returns:
+            `BalanceLossCallback`: Itself.
+        """
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
@@ -52,6 +62,14 @@ class BalanceLossCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Adds `balance_loss` to the log of a training step.
+
+        Args:
+            args (`TrainingArguments`): Tells the device.
+            state (`TrainerState`): Whose `log_history` gets it too.
+            control (`TrainerControl`): Left as it is.
+            logs (`dict[str, float]`, *optional*): The log; others than a training step's are left as they are.
+        """
         # The log of a training step, which all processes write at once; not that of an evaluation.
         if logs is None or "loss" not in logs:
             return

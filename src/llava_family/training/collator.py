@@ -1,4 +1,7 @@
-"""Conversations to batches, with labels on what the originals learn."""
+"""Conversations to batches, with labels on what the originals learn.
+
+Source: LLaVA's `preprocess_v1` and `preprocess_plain`, as the original codes have them.
+"""
 
 from typing import Any, Literal
 

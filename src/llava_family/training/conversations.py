@@ -1,4 +1,7 @@
-"""Conversations about images, as LLaVA's data sets and transformers' chats hold them."""
+"""Conversations about images, as LLaVA's data sets and transformers' chats hold them.
+
+Source: LLaVA's `LazySupervisedDataset`, as the original codes have it.
+"""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +22,13 @@ NUM_NAMED = 10
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be trained on: its index in the source, its `id` there, and what is wrong."""
+    """A sample that cannot be trained on.
+
+    Attributes:
+        index (`int`): Its place in the source.
+        id (`str`): Its `id` there, or its index.
+        reason (`str`): What is wrong.
+    """
 
     index: int
     id: str

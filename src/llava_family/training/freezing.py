@@ -1,4 +1,7 @@
-"""Makes trainable what the originals train in each of their stages, and freezes the rest."""
+"""Makes trainable what the originals train in each of their stages, and freezes the rest.
+
+Source: the papers' stages of training, and what the original codes make trainable in each.
+"""
 
 from collections.abc import Callable
 
@@ -25,6 +28,9 @@ def freeze_for_pretraining(model: nn.Module) -> list[str]:
     It is what lies between vision tower and text model: the projector, or the resampler of slices, and LLaVA-MoLE's
     start and end embeddings of an image.
 
+    Args:
+        model (`PreTrainedModel`): A vision-language model. Its parameters' `requires_grad` are set.
+
     Returns:
         `list[str]`: Names of the trainable parameters.
 
@@ -36,6 +42,9 @@ def freeze_for_pretraining(model: nn.Module) -> list[str]:
 
 def freeze_for_finetuning(model: nn.Module) -> list[str]:
     """Makes trainable what the second stage of LLaVA-UHD and MoE-LLaVA trains: everything but the vision tower.
+
+    Args:
+        model (`PreTrainedModel`): A vision-language model. Its parameters' `requires_grad` are set.
 
     Returns:
         `list[str]`: Names of the trainable parameters.
@@ -52,6 +61,9 @@ def freeze_for_moe_tuning(model: MoeLlavaForCausalLM) -> list[str]:
     As the released code does: the feed-forward networks of all layers, those without experts too, the routers, and
     what lies between vision tower and text model. The paper's text names the experts alone.
 
+    Args:
+        model (`MoeLlavaForCausalLM`): The sparse model. Its parameters' `requires_grad` are set.
+
     Returns:
         `list[str]`: Names of the trainable parameters.
 
@@ -66,6 +78,9 @@ def freeze_for_mole_tuning(model: LlavaMoleForCausalLM) -> list[str]:
 
     As in the released code: all LoRA experts and routers, the attention's adapters, and what lies between vision tower
     and text model: the projector, or the resampler of slices, and the start and end embeddings of an image.
+
+    Args:
+        model (`LlavaMoleForCausalLM`): The model. Its parameters' `requires_grad` are set.
 
     Returns:
         `list[str]`: Names of the trainable parameters.

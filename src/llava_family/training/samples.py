@@ -1,4 +1,7 @@
-"""Samples of LLaVA's data sets and of transformers' chats: reading them, and telling the bad ones."""
+"""Samples of LLaVA's data sets and of transformers' chats: reading them, and telling the bad ones.
+
+Source: the JSON format of LLaVA's data sets, and the chat format of transformers.
+"""
 
 import json
 import os
@@ -23,7 +26,13 @@ class BadConversationError(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A checked sample, whose images are not opened yet."""
+    """A checked sample, whose images are not opened yet.
+
+    Attributes:
+        id (`str`): The sample's `id`, or its index.
+        messages (`list[dict[str, Any]]`): In transformers' chat format, images in front of their message's text.
+        images (`list[Path | Image.Image]`): Files or images, in the order of the messages.
+    """
 
     id: str
     messages: list[dict[str, Any]]
@@ -31,6 +40,9 @@ class Conversation:
 
     @property
     def modality_length(self) -> int:
+        """Words of the text, and 128 more for every image, as LLaVA counts to group conversations; negative without
+        images.
+        """
         words = sum(
             len(item["text"].split())
             for message in self.messages
@@ -41,7 +53,13 @@ class Conversation:
 
 
 def read_samples(path: str | os.PathLike) -> list[Any]:
-    """The samples in a `.json` or `.jsonl` file.
+    """Reads the samples in a `.json` or `.jsonl` file.
+
+    Args:
+        path (`str` or `os.PathLike`): The file, in UTF-8.
+
+    Returns:
+        `list[Any]`: The samples, not checked.
 
     Raises:
         ValueError: if there is no such file, or it holds no list; with the line of a syntax error.
@@ -71,12 +89,29 @@ def _parse_json(text: str, place: str) -> Any:
 
 
 def id_of(sample: Any, index: int) -> str:
+    """Finds the `id` of a sample, which may be no dictionary at all.
+
+    Args:
+        sample (`Any`): The sample.
+        index (`int`): Its place in the source.
+
+    Returns:
+        `str`: Its `id`, or its index where it has none.
+    """
     given = sample.get("id") if isinstance(sample, dict) else None
     return str(index if given is None else given)
 
 
 def parse_sample(sample: Any, index: int, image_folder: Path | None) -> Conversation:
     """Checks the structure of a sample, and brings both formats into one.
+
+    Args:
+        sample (`Any`): The sample.
+        index (`int`): Its place in the source.
+        image_folder (`Path`, *optional*): Where the files of images lie; paths that lead out of it are refused.
+
+    Returns:
+        `Conversation`: The sample in transformers' chat format.
 
     Raises:
         BadConversationError: with what is wrong.
@@ -197,7 +232,14 @@ def _locate(image: Any, folder: Path | None) -> Path | Image.Image:
 
 
 def check_image(image: Path | Image.Image) -> None:
-    """Raises `BadConversationError` if an image is a file that does not exist or does not begin as an image does."""
+    """Checks that an image exists and begins as an image does.
+
+    Args:
+        image (`Path` or `Image.Image`): A file, or an image, which is right.
+
+    Raises:
+        BadConversationError: if the file does not exist, or is no image.
+    """
     if isinstance(image, Image.Image):
         return
     if not image.is_file():
@@ -209,7 +251,17 @@ def check_image(image: Path | Image.Image) -> None:
 
 
 def open_image(image: Path | Image.Image) -> Image.Image:
-    """The RGB image, over white where it is transparent, as the image processors make it."""
+    """Opens an image and brings it to RGB, over white where it is transparent, as the image processors make it.
+
+    Args:
+        image (`Path` or `Image.Image`): A file, or an image.
+
+    Returns:
+        `Image.Image`: In RGB.
+
+    Raises:
+        BadConversationError: if it cannot be read.
+    """
     try:
         if not isinstance(image, Image.Image):
             with Image.open(image) as opened:

@@ -1,4 +1,7 @@
-"""The order in which samples are trained on."""
+"""The order in which samples are trained on.
+
+Source: LLaVA's `LengthGroupedSampler` and its option `group_by_modality_length`; torch's `RandomSampler`.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -29,12 +32,25 @@ class ShuffledSampler(Sampler[int]):
         return self.num_samples
 
     def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of an epoch.
+
+        Args:
+            epoch (`int`): Number of the epoch.
+        """
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order(torch.Generator().manual_seed(self.seed + self.epoch)))
 
     def order(self, generator: torch.Generator) -> list[int]:
+        """Draws an order.
+
+        Args:
+            generator (`torch.Generator`): Of the epoch.
+
+        Returns:
+            `list[int]`: Every sample's index once.
+        """
         return torch.randperm(self.num_samples, generator=generator).tolist()
 
 
@@ -45,7 +61,8 @@ class ModalityLengthSampler(ShuffledSampler):
     come last and mixed.
 
     Args:
-        modality_lengths (`list[int]`): Length of every sample, negative without images.
+        modality_lengths (`list[int]`): Length of every sample, in words as [`Conversation`] counts them; negative
+            without images.
         step_size (`int`): Samples of one optimizer step, over all processes and accumulated batches.
         seed (`int`): Of the order.
     """
@@ -56,6 +73,14 @@ class ModalityLengthSampler(ShuffledSampler):
         self.step_size = step_size
 
     def order(self, generator: torch.Generator) -> list[int]:
+        """Draws an order of whole steps, with the rest behind them.
+
+        Args:
+            generator (`torch.Generator`): Of the epoch.
+
+        Returns:
+            `list[int]`: Every sample's index once.
+        """
         steps: list[torch.Tensor] = []
         rest: list[torch.Tensor] = []
         for is_kind in (self.lengths > 0, self.lengths <= 0):

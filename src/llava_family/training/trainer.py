@@ -22,6 +22,11 @@ class LlavaTrainer(Trainer):
     processes of a distributed training would wait for each other at the vision tower and the projector.
 
     Checkpoints have the model's own names of weights, not an original release's, which `model.save_pretrained` writes.
+
+    Source: LLaVA's `LLaVATrainer`, as the original codes have it; transformers' `Trainer`, whose arguments it takes.
+
+    Raises:
+        ValueError: if `args` are no [`LlavaTrainingArguments`].
     """
 
     args: LlavaTrainingArguments

@@ -58,9 +58,11 @@ def upcycle(
     they also do where a `capacity_factor` drops tokens.
 
     The new model takes over all tensors of the dense one but the experts' without copying them. Do not use `model`
-    afterwards: training either model changes both. To keep the dense model, upcycle `copy.deepcopy(model)`. Beyond
-    the dense model, memory holds `num_experts` copies of the feed-forward networks of the sparse layers, on the device
-    and in the dtype of these.
+    afterwards: training either model changes both. To keep the dense model, upcycle `copy.deepcopy(model)`. Beyond the
+    dense model, memory holds `num_experts` copies of the feed-forward networks of the sparse layers, on the device and
+    in the dtype of these.
+
+    Source: MoE-LLaVA's section 3.3; `initialize_moe_modules` of the original code.
 
     Args:
         model (`MoeLlavaForCausalLM`, `LlavaForConditionalGeneration` or `LlavaUhdForConditionalGeneration`):
@@ -72,9 +74,13 @@ def upcycle(
         moe_layers (`str` or `list[int]`, *optional*, defaults to `"sparse"`): See [`select_moe_layers`].
         sparse_config (*optional*): More of the sparse text configuration, such as `capacity_factor=1.5`.
 
+    Returns:
+        `MoeLlavaForCausalLM`: The sparse model.
+
     Raises:
         TypeError: if `model` is of another class, or `sparse_config` names nothing that the configuration has.
         ValueError: if the model has no sparse counterpart.
+        RuntimeError: if the dense model lacks a buffer, which only a bug can do.
     """
     if sum(isinstance(model, known) for known in _CONFIG_BUILDERS) != 1:
         raise TypeError(
