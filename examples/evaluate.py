@@ -108,7 +108,7 @@ def answer_all(
     """Asks what the file has no answer to yet."""
     done = len(predictions.answers)
     if done:
-        console.print(f"{predictions.path} has {done} answers already.", highlight=False, markup=False)
+        console.print(f"{predictions.path} has {done} answers already.", highlight=False, markup=False, soft_wrap=True)
     if done >= len(questions):
         return
     model, processor = load(options.model, options.dtype)
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         console.print(score_table(options, scores))
     else:
         console.print("The questions have no answers to compare with.")
-    console.print(f"{len(questions)} answers are in {options.output}.", highlight=False, markup=False)
+    console.print(f"{len(questions)} answers are in {options.output}.", highlight=False, markup=False, soft_wrap=True)
     return scores
 
 

@@ -5,11 +5,11 @@
 
 from .parsing import normalise_gqa_answer, normalise_vqa_answer, parse_letter, parse_option, parse_yes_no
 from .scoring import binary_scores, circular_accuracy, exact_match, vqa_accuracy
-from .settings import FAMILIES, GenerationSettings, settings_for
+from .settings import SETTINGS, GenerationSettings, settings_for
 
 
 __all__ = [
-    "FAMILIES",
+    "SETTINGS",
     "GenerationSettings",
     "binary_scores",
     "circular_accuracy",

@@ -9,15 +9,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import llava_family  # noqa: F401  registers the families
 
-from .settings import FAMILIES, GenerationSettings
+from .settings import SETTINGS, GenerationSettings
 
 
 def family_of(model_name: str) -> str:
-    """The `model_type` of a checkpoint; `ValueError` if it is none of `FAMILIES`."""
+    """The `model_type` of a checkpoint; `ValueError` if it is none of these families."""
     family = AutoConfig.from_pretrained(model_name).model_type
-    if family not in FAMILIES:
+    if family not in SETTINGS:
         raise ValueError(
-            f"{model_name} must be of one of the types {', '.join(FAMILIES)}, but is of the type {family!r}."
+            f"{model_name} must be of one of the types {', '.join(SETTINGS)}, but is of the type {family!r}."
         )
     return family
 
@@ -53,7 +53,11 @@ def user_message(text: str, images: Sequence[Image.Image]) -> list[dict[str, Any
 
 @torch.inference_mode()
 def answer_batch(
-    model: Any, processor: Any, conversations: Sequence[list[dict[str, Any]]], settings: GenerationSettings
+    model: Any,
+    processor: Any,
+    conversations: Sequence[list[dict[str, Any]]],
+    settings: GenerationSettings,
+    **generate_arguments: Any,
 ) -> list[str]:
     """
     The model's answers to several conversations.
@@ -65,6 +69,7 @@ def answer_batch(
             user's, with images as `PIL.Image.Image`. The prompts are taken as they are: `settings.prompt` is the
             caller's to apply.
         settings (`GenerationSettings`): How to decode, and how to process images.
+        generate_arguments: Of `generate`, instead of those of the settings.
 
     Returns:
         `list[str]`: one answer each, without special tokens and outer white space.
@@ -79,6 +84,6 @@ def answer_batch(
     ]
     image_arguments = {"images": images, **settings.image_settings} if images else {}
     inputs = processor(text=texts, padding=True, return_tensors="pt", **image_arguments).to(model.device, model.dtype)
-    generated = model.generate(**inputs, **settings.generate_arguments())
+    generated = model.generate(**inputs, **{**settings.generate_arguments(), **generate_arguments})
     answers = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [answer.strip() for answer in answers]

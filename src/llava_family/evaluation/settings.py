@@ -6,8 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 
-FAMILIES = ("llava_uhd", "moe_llava", "llava_mole")
-BENCHMARKS = ("textvqa", "pope", "scienceqa", "mmbench", "gqa")
+BENCHMARKS = ("textvqa", "pope", "scienceqa", "mmbench", "gqa", "vqav2", "vizwiz", "mme")
 
 # LLaVA-1.5's prompts (arXiv 2310.03744, appendix), which all three families' scripts or data take over. LLaVA's
 # question files of TextVQA, POPE and GQA have theirs already; those of ScienceQA and MMBench get it from the script.
@@ -85,6 +84,9 @@ SETTINGS: Mapping[str, Mapping[str, GenerationSettings]] = {
         "scienceqa": _uhd("model_vqa_science.py", True, num_beams=3, max_new_tokens=1024, suffix=LETTER_PROMPT),
         "mmbench": _uhd("model_vqa_mmbench.py", False, max_new_tokens=1024, suffix=LETTER_PROMPT),
         "gqa": _uhd("model_vqa_loader.py", True, num_beams=3),
+        "vqav2": _uhd("model_vqa_loader.py", True, num_beams=3),
+        "vizwiz": _uhd("model_vqa_loader.py", True, num_beams=3),
+        "mme": _uhd("model_vqa_loader.py", True, num_beams=5),
     },
     "moe_llava": {
         "textvqa": _moe("model_vqa_loader.py"),
@@ -98,6 +100,9 @@ SETTINGS: Mapping[str, Mapping[str, GenerationSettings]] = {
         ),
         "mmbench": _moe("model_vqa_mmbench.py", max_new_tokens=1024, suffix=LETTER_PROMPT),
         "gqa": _moe("model_vqa_loader.py"),
+        "vqav2": _moe("model_vqa_loader.py"),
+        "vizwiz": _moe("model_vqa_loader.py"),
+        "mme": _moe("model_vqa_loader.py"),
     },
     "llava_mole": {
         "textvqa": _mole(),
@@ -105,6 +110,9 @@ SETTINGS: Mapping[str, Mapping[str, GenerationSettings]] = {
         "scienceqa": _mole(LETTER_PROMPT),
         "mmbench": _mole(LETTER_PROMPT),
         "gqa": _mole(),
+        "vqav2": _mole(),
+        "vizwiz": _mole(),
+        "mme": _mole(),
     },
 }
 
@@ -114,7 +122,7 @@ def settings_for(family: str, benchmark: str) -> GenerationSettings:
     The settings of a family's released evaluation code for a benchmark.
 
     Args:
-        family (`str`): `model_type` of the checkpoint, one of `FAMILIES`.
+        family (`str`): `model_type` of the checkpoint, a key of `SETTINGS`.
         benchmark (`str`): One of `BENCHMARKS`.
 
     Returns:
@@ -125,7 +133,7 @@ def settings_for(family: str, benchmark: str) -> GenerationSettings:
     """
     if family not in SETTINGS:
         raise ValueError(
-            f"The model must be of one of the types {', '.join(FAMILIES)}, but is of the type {family!r}."
+            f"The model must be of one of the types {', '.join(SETTINGS)}, but is of the type {family!r}."
         )
     if benchmark not in SETTINGS[family]:
         raise ValueError(f"`benchmark` must be one of {', '.join(BENCHMARKS)}, but is {benchmark!r}.")
