@@ -35,7 +35,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         "--annotations", type=Path, help="the benchmark's file with the truth; a folder for two of them"
     )
     parser.add_argument("--images", type=Path, help="folder of the images")
-    parser.add_argument("--output", type=Path, required=True, help=".jsonl for the answers, new or to go on with")
+    parser.add_argument("--answers", type=Path, required=True, help=".jsonl for the answers, new or to go on with")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--limit", type=int, help="only the first questions")
     parser.add_argument("--num-beams", type=int, help="instead of the paper's")
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     try:
         questions = read_questions(options)
         settings = choose_settings(options)
-        predictions = PredictionFile(options.output, describe(options, settings))
+        predictions = PredictionFile(options.answers, describe(options, settings))
         check_ids(predictions, questions)
         torch.manual_seed(0)
         answer_all(options, questions, settings, predictions, console)
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         console.print(score_table(options, scores))
     else:
         console.print("The questions have no answers to compare with.")
-    console.print(f"{len(questions)} answers are in {options.output}.", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(questions)} answers are in {options.answers}.", highlight=False, markup=False, soft_wrap=True)
     return scores
 
 

@@ -36,7 +36,7 @@ def paths_of(benchmark):
 def arguments_for(benchmark, model, output, *more):
     names = ("--questions", "--annotations", "--images")
     files = [word for name, path in zip(names, paths_of(benchmark), strict=True) if path for word in (name, str(path))]
-    options = ["--output", str(output), "--max-new-tokens", "8", "--batch-size", "4"]
+    options = ["--answers", str(output), "--max-new-tokens", "8", "--batch-size", "4"]
     return ["--model", str(model), "--benchmark", benchmark, *files, *options, *map(str, more)]
 
 
@@ -240,7 +240,7 @@ def test_wrong_arguments(benchmark, model, more, message, script, tmp_path):
 
 
 def test_needed_files(script, tmp_path):
-    arguments = ["--model", str(MOE), "--benchmark", "pope", "--output", str(tmp_path / "a.jsonl")]
+    arguments = ["--model", str(MOE), "--benchmark", "pope", "--answers", str(tmp_path / "a.jsonl")]
     with pytest.raises(SystemExit, match=r"`--questions` is missing, which pope needs"):
         script["main"](arguments)
 

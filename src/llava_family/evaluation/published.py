@@ -25,7 +25,7 @@ Pope = tuple[tuple[float, float, float], tuple[float, float, float], tuple[float
 
 
 def _moe(gqa: float, scienceqa: float, textvqa: float, pope: float, mmbench: float, by_category: Pope) -> Published:
-    """Table 3 and table 4 of the paper. POPE in table 3 is the mean F1 of table 4, ScienceQA that with images."""
+    """Table 3 and table 4 of the paper. POPE in table 3 is a mean F1, ScienceQA that with images."""
     pope_scores = {"F1": pope}
     for category, values in zip(("adversarial", "popular", "random"), by_category, strict=True):
         for name, value in zip(("accuracy", "F1", "yes ratio"), values, strict=True):
