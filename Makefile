@@ -15,7 +15,7 @@ demo: .venv/.installed
 
 # One thread per worker: two workers with a thread pool each only get in each other's way.
 # Ten failures end it: if tests hang, each up to its time limit, their names must still be printed.
-test: .venv/.installed .venv/.quantise
+test: .venv/.installed .venv/.quantise .venv/.lmms-eval
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --maxfail 10
 
 # Also what CI has no time for, but for mutation testing
@@ -45,7 +45,7 @@ conformance: .venv/.installed
 	cd tests/transformers_suite && OMP_NUM_THREADS=1 ../../$(PYTEST) -n 2 --write-tables
 
 # All tests; fails if they run less of the package than pyproject.toml asks for.
-coverage: .venv/.installed .venv/.quantise
+coverage: .venv/.installed .venv/.quantise .venv/.lmms-eval
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --maxfail 10 --cov --cov-report=term
 
 mutate: .venv/.mutate
@@ -77,4 +77,10 @@ clean:
 # Not with the rest: where torchao is installed, importing any transformers model prints its warnings.
 .venv/.quantise: .venv/.installed
 	$(PY) -m pip install -qq -c constraints.txt -e '.[quantise]'
+	touch $@
+
+# lmms-eval without what it asks for, among which torchvision and fifty more packages, but with all that a run imports
+.venv/.lmms-eval: .venv/.installed
+	$(PY) -m pip install -qq -c constraints.txt evaluate loguru sacrebleu tenacity
+	$(PY) -m pip install -qq -c constraints.txt --no-deps lmms-eval
 	touch $@

@@ -111,5 +111,7 @@ setup(
         "console_scripts": ["llava-family = llava_family.cli:main"],
         # Called in every process of vLLM: the engine's workers import nothing else of this package.
         "vllm.general_plugins": ["llava_family = llava_family.vllm_plugin:register_for_vllm"],
+        # Called by lmms-eval for the models that it does not have itself
+        "lmms_eval.models": ["llava_family = llava_family.evaluation.lmms_eval_plugin:model_manifests"],
     },
 )

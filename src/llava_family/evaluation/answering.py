@@ -1,0 +1,89 @@
+"""Asks a model many questions, in batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import llava_family  # noqa: F401  registers the families
+
+from .settings import SETTINGS, GenerationSettings
+
+
+def family_of(model_name: str) -> str:
+    """The `model_type` of a checkpoint; `ValueError` if it is none of these families."""
+    family = AutoConfig.from_pretrained(model_name).model_type
+    if family not in SETTINGS:
+        raise ValueError(
+            f"{model_name} must be of one of the types {', '.join(SETTINGS)}, but is of the type {family!r}."
+        )
+    return family
+
+
+def load(model_name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """
+    A checkpoint of one of the three families, ready to generate.
+
+    Args:
+        model_name (`str`): Folder or Hub repository.
+        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights; `"auto"` is that of the files.
+        device (`str`, *optional*): By default the GPU where there is one.
+
+    Returns:
+        `tuple`: model, in evaluation mode on its device, and processor, which pads on the left.
+
+    Raises:
+        ValueError: if the checkpoint is of another type.
+    """
+    family_of(model_name)
+    model = AutoModelForImageTextToText.from_pretrained(model_name, dtype=dtype)
+    processor = AutoProcessor.from_pretrained(model_name)
+    processor.tokenizer.padding_side = "left"
+    model.generation_config.max_length = None  # `max_new_tokens` counts
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+
+
+def user_message(text: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """A conversation of one message, images first."""
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: Any,
+    processor: Any,
+    conversations: Sequence[list[dict[str, Any]]],
+    settings: GenerationSettings,
+    **generate_arguments: Any,
+) -> list[str]:
+    """
+    The model's answers to several conversations.
+
+    Args:
+        model: Of one of the three families.
+        processor: The model's; it must pad on the left.
+        conversations (`Sequence[list[dict]]`): Messages in the format of `apply_chat_template`, the last one the
+            user's, with images as `PIL.Image.Image`. The prompts are taken as they are: `settings.prompt` is the
+            caller's to apply.
+        settings (`GenerationSettings`): How to decode, and how to process images.
+        generate_arguments: Of `generate`, instead of those of the settings.
+
+    Returns:
+        `list[str]`: one answer each, without special tokens and outer white space.
+    """
+    texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
+    images = [
+        item["image"]
+        for messages in conversations
+        for message in messages
+        for item in message["content"]
+        if item["type"] == "image"
+    ]
+    image_arguments = {"images": images, **settings.image_settings} if images else {}
+    inputs = processor(text=texts, padding=True, return_tensors="pt", **image_arguments).to(model.device, model.dtype)
+    generated = model.generate(**inputs, **{**settings.generate_arguments(), **generate_arguments})
+    answers = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
