@@ -1,7 +1,7 @@
 """Brings the repository's files that pages link to into the site.
 
-On GitHub, `../examples/demo.py` is a link to a file. In the site it leads to `repository/examples/demo.py.html`, a page
-with the same text. What such a page links to is brought in as well, to any depth.
+On GitHub, `../examples/demo.py` is a link to a file. In the site it leads to `repository/examples/demo.py.html`, a
+page with the same text. What such a page links to is brought in as well, to any depth.
 """
 
 import posixpath
