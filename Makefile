@@ -8,10 +8,15 @@ GRADIO := brotli gradio gradio_client groovy hf-gradio orjson pydub python-multi
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check fuzz lint test-transformers conformance coverage mutate bench clean
+.PHONY: demo docs test test-all check fuzz lint test-transformers conformance coverage mutate bench clean
 
 demo: .venv/.installed
 	$(PY) examples/demo.py
+
+# The documentation's site, into `site`
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: .venv/.installed
+	$(PY) -m mkdocs build --strict
 
 # One thread per worker: two workers with a thread pool each only get in each other's way.
 # Ten failures end it: if tests hang, each up to its time limit, their names must still be printed.
@@ -61,7 +66,7 @@ bench: .venv/.installed
 	$(PY) benchmarks/conversion.py
 
 clean:
-	rm -rf .venv .cache build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .cache build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests examples benchmarks conversion_scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: setup.py constraints.txt

@@ -25,13 +25,13 @@ from llava_family import MoleConfig, get_mole_model, plan_slices
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
-MINIATURE = ROOT / "examples" / "miniature"
 DOCUMENTS = [
-    ROOT / "README.md",
-    *sorted(ROOT.glob("docs/*.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")),
+    *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("model_cards/*.md")),
-    *sorted(MINIATURE.rglob("README.md")),
+    *sorted(ROOT.glob("examples/**/README.md")),
 ]
+MODEL_PAGE = ROOT / "docs" / "llava_uhd.md"
 ADAPTER_CARD = ROOT / "model_cards" / "mole-adapter.md"
 MODEL_CARDS = sorted(card for card in ROOT.glob("model_cards/*.md") if card != ADAPTER_CARD)
 
@@ -41,6 +41,8 @@ CLIP_FIXTURE = "llava_uhd/clip_vision_tower"
 MOLE_GOLDEN, MOLE_FILE = "llava_mole/original_checkpoint", "llava_mole_r16_a32_e3.pt"
 VICUNA, MOLE_CONVERTED, MOLE_ADAPTER = "lmsys/vicuna-7b-v1.5", "path/to/llava-mole-7b", "path/to/mole-adapter"
 RUNNABLE, SHOWN = {"python", "bash"}, {"text", "bibtex"}
+# What `--output` may name beside a checkpoint's folder
+FILES = {".html", ".json", ".jsonl", ".png"}
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,15 @@ def snippets_of(text, document=ROOT / "README.md"):
 
 
 SNIPPETS = [snippet for document in DOCUMENTS for snippet in snippets_of(document.read_text("utf-8"), document)]
+
+
+def runnable(language):
+    """Snippets to run: each begins in a new folder, so one that is printed twice needs to run once."""
+    return {snippet.code: snippet for snippet in reversed(SNIPPETS) if snippet.language == language}.values()
+
+
+def name_of(part):
+    return part.name if isinstance(part, Snippet) else str(part.relative_to(ROOT))
 
 
 def prose_of(document):
@@ -245,11 +256,37 @@ def run_program(program, arguments, workspace, monkeypatch):
         exit_code = exit_request.code
     assert exit_code in (0, None)
     if output is not None:
-        # A checkpoint's folder, or a report's file
-        assert (output if output.suffix == ".html" else output / "config.json").is_file()
+        assert (output if output.suffix in FILES else output / "config.json").is_file()
 
 
-def run_command(words, workspace, monkeypatch):
+def check_benchmark(script, arguments):
+    """It would take minutes. Its options are looked up; other tests run it with tiny sizes."""
+    text = script.read_text() + (ROOT / "benchmarks" / "timing.py").read_text()
+    for option in arguments:
+        assert not option.startswith("--") or f'"{option}"' in text, f"{script} has no {option!r}."
+
+
+def check_accelerate(arguments, monkeypatch, capsys):
+    """Without GPUs and the papers' data, the script has to take all its settings, and then to miss the data."""
+    from accelerate.commands.launch import launch_command_parser
+
+    assert arguments[0] == "launch"
+    launched = launch_command_parser().parse_args(arguments[1:])
+    assert Path(launched.config_file).is_file()
+    options = launched.training_script_args
+    data = options[options.index("--data") + 1]
+    monkeypatch.setattr(sys, "argv", [launched.training_script, *options, "--use-cpu", "--tf32", "false"])
+    with pytest.raises(SystemExit):
+        run_script(Path(launched.training_script), monkeypatch)
+    assert data in capsys.readouterr().err
+
+
+def check_demo(words):
+    """The page answers, and Ctrl-C ends it."""
+    runpy.run_path(str(ROOT / "tests" / "demo" / "serving.py"))["check_demo"](words)
+
+
+def run_command(words, workspace, monkeypatch, capsys):
     program, arguments = words[0], words[1:]
     if words[:3] == ["python", "-m", "pip"]:
         program, arguments = "pip", words[3:]
@@ -257,6 +294,12 @@ def run_command(words, workspace, monkeypatch):
         check_make(arguments)
     elif program == "pip":
         check_pip(arguments)
+    elif program == "accelerate":
+        check_accelerate(arguments, monkeypatch, capsys)
+    elif words[:2] == ["llava-family", "demo"]:
+        check_demo(arguments)
+    elif program == "python" and arguments[0].startswith("benchmarks/"):
+        check_benchmark(Path(arguments[0]), arguments[1:])
     elif program == "python" and arguments[0].endswith(".py"):
         run_program(Path(arguments[0]), arguments[1:], workspace, monkeypatch)
     else:
@@ -265,34 +308,44 @@ def run_command(words, workspace, monkeypatch):
         run_program(entry_point.load(), arguments, workspace, monkeypatch)
 
 
-@pytest.mark.parametrize("snippet", [s for s in SNIPPETS if s.language == "python"], ids=lambda snippet: snippet.name)
+@pytest.mark.parametrize("snippet", runnable("python"), ids=name_of)
 def test_python(snippet, workspace):
     # Line numbers of a traceback are those of the document.
     code = compile("\n" * snippet.line + snippet.code, snippet.name, "exec")
     exec(code, {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("snippet", [s for s in SNIPPETS if s.language == "bash"], ids=lambda snippet: snippet.name)
-def test_bash(snippet, workspace, monkeypatch):
+@pytest.mark.parametrize("snippet", runnable("bash"), ids=name_of)
+def test_bash(snippet, workspace, monkeypatch, capsys):
     commands = commands_of(snippet.code)
     assert commands
     for words in commands:
-        run_command(words, workspace, monkeypatch)
+        run_command(words, workspace, monkeypatch, capsys)
 
 
-def test_nothing_is_skipped(workspace, monkeypatch):
+def test_nothing_is_skipped(workspace, monkeypatch, capsys):
     """Of every runnable block a test is made, and what the tests do not know is an error."""
     texts = "\n".join(document.read_text("utf-8") for document in DOCUMENTS)
     blocks = len(re.findall(r"^\s*```(?:python|bash)", texts, flags=re.MULTILINE))
     assert blocks == sum(snippet.language in RUNNABLE for snippet in SNIPPETS) >= 8
+    codes = {snippet.code for snippet in SNIPPETS if snippet.language in RUNNABLE}
+    assert codes == {snippet.code for language in RUNNABLE for snippet in runnable(language)}
     for text in ("```\nls\n```", "```sh\nls\n```", "```python\n1"):
         with pytest.raises(ValueError, match="has a block"):
             snippets_of(text)
     with pytest.raises(ValueError, match="needs a shell"):
         commands_of("make demo && make test")
-    for command in ("ls", "llava-uhd generate", "make nothing", "pip install unknown==1.0", "python -m this"):
+    for command in (
+        "ls",
+        "llava-uhd generate",
+        "make nothing",
+        "pip install unknown==1.0",
+        "python -m this",
+        "python benchmarks/flops.py --nothing",
+        "accelerate launch --config_file examples/training/accelerate/ddp.yaml examples/training/trl_sft.py --dota d",
+    ):
         with pytest.raises((AssertionError, ValueError)):
-            run_command(command.split(), workspace, monkeypatch)
+            run_command(command.split(), workspace, monkeypatch, capsys)
 
 
 def anchors_of(document):
@@ -300,7 +353,7 @@ def anchors_of(document):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(document):
     for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(document)):
         if link.startswith("https://"):
@@ -325,11 +378,12 @@ def assert_cited_test_exists(file, function):
     assert not function or function in functions, f"{file}::{function}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_cited_tests_exist(document):
     text = document.read_text("utf-8")
     citations = CITATION.findall(text)
-    assert len(citations) == text.count(".py::"), "a citation is not written as `file.py::test`"
+    of_functions = [function for _, function in citations if function]
+    assert len(of_functions) == text.count(".py::"), "a citation is not written as `file.py::test`"
     for file, function in citations:
         assert_cited_test_exists(file, function)
 
@@ -358,7 +412,7 @@ def test_first_result_is_right(workspace, capsys):
 
 
 def test_example_sizes_are_those_of_the_plan():
-    rows = [row for row in rows_of((ROOT / "README.md").read_text("utf-8")) if re.fullmatch(r"\d+×\d+", row[0])]
+    rows = [row for row in rows_of(MODEL_PAGE.read_text("utf-8")) if re.fullmatch(r"\d+×\d+", row[0])]
     assert len(rows) >= 6
     for image, grid, slice_size, overview, views, tokens in rows:
         plan = plan_slices(*size_of(image))
@@ -371,7 +425,7 @@ def test_example_sizes_are_those_of_the_plan():
 def test_compute_is_that_of_the_benchmark():
     measured = (ROOT / "benchmarks" / "README.md").read_text("utf-8").split("text model of 13B")[1]
     lines = [re.split(r"\s{2,}", line.strip()) for line in measured.splitlines()]
-    rows = [row for row in rows_of((ROOT / "README.md").read_text("utf-8")) if re.fullmatch(r"\d+\.\d{3}", row[-1])]
+    rows = [row for row in rows_of(MODEL_PAGE.read_text("utf-8")) if re.fullmatch(r"\d+\.\d{3}", row[-1])]
     assert len(rows) >= 4
     for model, image, tokens, total, ratio in rows:
         # model, image, views, tokens, vision, projector, text, lm_head, total, / 1.5
