@@ -241,7 +241,7 @@ class ImageExplanation:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=StringIO(), width=100, highlight=False, color_system=None)
+        console = Console(file=StringIO(), width=100, highlight=False, color_system=None, force_jupyter=False)
         console.print(self)
         return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
