@@ -20,14 +20,16 @@ MAX_BYTES = 400_000
 SILENT = re.compile(r"^(def |class |import |from |%|    )|^\w[\w, ]* = ")
 
 
-def execute(path, folder):
-    """The notebook with new outputs; ExecutionError if a cell fails. What a machine warns of on stderr is left out."""
-    notebook = nbformat.read(path, as_version=4)
+def execute(notebook, folder):
+    """Gives its cells new outputs; CellExecutionError if one fails. What is warned of on stderr is left out."""
     settings = {"timeout": 120, "record_timing": False, "coalesce_streams": True}
     NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **settings).execute()
     for cell in code_cells(notebook):
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    return notebook
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
 
 
 def code_cells(notebook):
@@ -45,19 +47,25 @@ def texts_of(cell):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_as_stored(path, tmp_path):
+def test_notebooks_are_as_stored(tmp_path):
+    """They run in one process, as if they were one, since importing torch takes longer than the rest."""
     for name in ("images", "miniature"):
         (tmp_path / name).symlink_to(EXAMPLES / name)
-    (tmp_path / path.name).write_bytes(path.read_bytes())
-    fresh, stored = execute(tmp_path / path.name, tmp_path), nbformat.read(path, as_version=4)
-    for number, (new, old) in enumerate(zip(code_cells(fresh), code_cells(stored), strict=True)):
-        assert texts_of(new) == texts_of(old), f"cell {number}"
+    joined = read(NOTEBOOKS[0])
+    for path in NOTEBOOKS[1:]:
+        joined.cells += [nbformat.v4.new_code_cell("%reset -f"), *read(path).cells]
+    for number, cell in enumerate(joined.cells):
+        cell.id = f"cell-{number}"
+    execute(joined, tmp_path)
+    fresh = [cell for cell in code_cells(joined) if cell.source != "%reset -f"]
+    stored = [cell for path in NOTEBOOKS for cell in code_cells(read(path))]
+    for new, old in zip(fresh, stored, strict=True):
+        assert texts_of(new) == texts_of(old), old.source
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_is_stored_with_outputs(path):
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     nbformat.validate(notebook)
     assert path.stat().st_size < MAX_BYTES
     assert len(code_cells(notebook)) >= 8
@@ -77,4 +85,6 @@ def test_there_are_notebooks():
 
 if __name__ == "__main__":
     for notebook_path in NOTEBOOKS:
-        nbformat.write(execute(notebook_path, EXAMPLES), notebook_path)
+        rerun = read(notebook_path)
+        execute(rerun, EXAMPLES)
+        nbformat.write(rerun, notebook_path)

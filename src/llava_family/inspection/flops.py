@@ -15,7 +15,7 @@ operations of the implementation and not those of a formula. It counts as the LL
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +103,7 @@ def count_flops(config: PreTrainedConfig, width: int, height: int) -> FlopReport
 
 
 def count_layerwise(config: PreTrainedConfig, image: "ImageInputs") -> FlopReport:
-    """Counts as `count_flops` does, in a fraction of the time, from two copies of the model with few layers.
+    """Counts as `count_flops` does, in a tenth of the time, on a model of few layers, of which the first counts often.
 
     It is exact where all layers of the vision tower are alike, and all of the text model, as those of CLIP, SigLIP and
     Llama are.
@@ -116,21 +116,17 @@ def count_layerwise(config: PreTrainedConfig, image: "ImageInputs") -> FlopRepor
     Raises:
         TypeError: if `config` is of another family.
     """
-    vision_layers, text_layers = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
-    reports = []
-    for added in (0, 1):
-        shallow = copy.deepcopy(config)
-        shallow.vision_config.num_hidden_layers, shallow.text_config.num_hidden_layers = 2 + added, 1 + added
-        reports.append(_count(shallow, image))
-    first, second = reports
-    return replace(
-        first,
-        vision_tower=first.vision_tower + (vision_layers - 2) * (second.vision_tower - first.vision_tower),
-        language_model=first.language_model + (text_layers - 1) * (second.language_model - first.language_model),
-    )
+    shallow = copy.deepcopy(config)
+    shallow.vision_config.num_hidden_layers, shallow.text_config.num_hidden_layers = 2, 1
+    repeats = {
+        "vision_tower": config.vision_config.num_hidden_layers - 2,
+        "language_model": config.text_config.num_hidden_layers - 1,
+    }
+    return _count(shallow, image, repeats)
 
 
-def _count(config: PreTrainedConfig, image: "ImageInputs") -> FlopReport:
+def _count(config: PreTrainedConfig, image: "ImageInputs", repeats: dict[str, int] | None = None) -> FlopReport:
+    """The count, with the first layer of some parts as often again as `repeats` says."""
     model = _build_on_meta(config)
     num_tokens = 0
 
@@ -149,7 +145,7 @@ def _count(config: PreTrainedConfig, image: "ImageInputs") -> FlopReport:
         "language_model": model.model.language_model,
         "lm_head": model.lm_head,
     }
-    counts = _count_by_part(parts, prefill)
+    counts = _count_by_part(parts, prefill, repeats or {})
     return FlopReport(num_views=image.num_views, num_tokens=num_tokens, **counts)
 
 
@@ -206,25 +202,33 @@ def sliced_inputs(config: Any, plan: SlicePlan) -> ImageInputs:
     return ImageInputs(arguments, plan.num_views, num_separators=plan.num_slices)
 
 
-def _count_by_part(parts: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, int]:
-    """FLOPs of every part while `run` runs.
+def _count_by_part(parts: dict[str, nn.Module], run: Callable[[], Any], repeats: dict[str, int]) -> dict[str, int]:
+    """FLOPs of every part while `run` runs, and those of the first layer of some parts as often again as asked.
 
     Raises:
         RuntimeError: if `run` spends FLOPs outside of the parts, which would be missing in the report.
     """
     counter = FlopCounterMode(display=False)
-    counts = dict.fromkeys(parts, 0)
+    counts, layer_counts = dict.fromkeys(parts, 0), dict.fromkeys(repeats, 0)
 
-    def add(name: str, sign: int) -> None:
-        counts[name] += sign * counter.get_total_flops()
+    def watch(module: nn.Module, counts: dict[str, int], name: str) -> None:
+        def add(sign: int) -> None:
+            counts[name] += sign * counter.get_total_flops()
+
+        module.register_forward_pre_hook(lambda *_: add(-1))
+        module.register_forward_hook(lambda *_: add(1))
 
     for name, part in parts.items():
-        part.register_forward_pre_hook(lambda *_, name=name: add(name, -1))
-        part.register_forward_hook(lambda *_, name=name: add(name, 1))
+        watch(part, counts, name)
+    for name in layer_counts:
+        layers = next(module for module in parts[name].modules() if isinstance(module, nn.ModuleList))
+        watch(layers[0], layer_counts, name)
     with torch.no_grad(), counter:
         run()
     if sum(counts.values()) != counter.get_total_flops():
         raise RuntimeError(f"{counter.get_total_flops() - sum(counts.values())} FLOPs lie outside of {list(parts)}.")
+    for name, times in repeats.items():
+        counts[name] += times * layer_counts[name]
     return counts
 
 
