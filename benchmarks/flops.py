@@ -16,15 +16,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlavaConfig, LlavaNextConfig
 
-from llava_family.inspection.flops import FlopReport, count_flops
+from llava_family.inspection.flops import VICUNA, FlopReport, count_flops
 from llava_family.llava_uhd.configuration_llava_uhd import LlavaUhdConfig
 
 
-# Vicuna 1.5, with the vocabulary that it has without the ports' padding. LLaVA-UHD was released with the 13B one only.
-TEXT_CONFIGS = {
-    "7B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008},
-    "13B": {"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13824},
-}
+TEXT_CONFIGS = VICUNA  # LLaVA-UHD was released with the 13B one only.
 IMAGE_SIZES = ((336, 336), (672, 1008), (672, 1088), (1008, 336))
 BASELINE_SIZE = (336, 336)
 PAPER_TEXT_MODEL, PAPER_RESAMPLER, PAPER_SIZE = "13B", "perceiver", (672, 1088)
@@ -45,22 +41,17 @@ class Row:
 
 
 def llava_config(text_model: str) -> LlavaConfig:
-    return LlavaConfig(text_config=text_config(text_model))
+    return LlavaConfig(text_config=TEXT_CONFIGS[text_model])
 
 
 def llava_next_config(text_model: str) -> LlavaNextConfig:
-    return LlavaNextConfig(text_config=text_config(text_model))
+    return LlavaNextConfig(text_config=TEXT_CONFIGS[text_model])
 
 
 def llava_uhd_config(text_model: str, resampler_type: str, **vision_options) -> LlavaUhdConfig:
     return LlavaUhdConfig(
-        text_config=text_config(text_model), vision_config=vision_options, resampler_type=resampler_type
+        text_config=TEXT_CONFIGS[text_model], vision_config=vision_options, resampler_type=resampler_type
     )
-
-
-def text_config(text_model: str) -> dict:
-    sizes = TEXT_CONFIGS[text_model]
-    return {"model_type": "llama", "vocab_size": 32000, "num_key_value_heads": sizes["num_attention_heads"], **sizes}
 
 
 def measure(text_model: str, sizes: tuple[tuple[int, int], ...]) -> Iterator[Row]:

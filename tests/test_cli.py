@@ -67,3 +67,73 @@ def test_describe_image(converted, monkeypatch, capsys):
     runpy.run_path(str(ROOT / "examples" / "describe_image.py"), run_name="__main__")
     answer = generate("--model", str(converted), *arguments[2:], "--prompt", "Describe the image briefly.").stdout
     assert capsys.readouterr().out.strip().splitlines()[-1] == answer.strip().splitlines()[-1]
+
+
+MINIATURES = ROOT / "examples" / "miniature" / "checkpoints"
+ELONGATED = IMAGES / "miniature" / "elongated_0.png"
+
+
+def explain(*arguments, width=80):
+    return CliRunner().invoke(app, ["explain", *map(str, arguments)], env={"COLUMNS": str(width)})
+
+
+@pytest.mark.parametrize(
+    ("model", "facts"),
+    [
+        (None, ["slices none", "overview encoded at 672×168", "tokens 1 × 144 = 144", "spatial/144"]),
+        ("llava-uhd-miniature", ["slices 4×1", "tokens 5 × 36 + 4 separators = 184", "spatial/36"]),
+        ("llava-mole-miniature", ["view 64×64", "tokens 1 × 64 + 2 for start and end = 66", "square/64"]),
+    ],
+)
+@pytest.mark.parametrize("width", [80, 120])
+def test_explain(model, facts, width):
+    options = ["--model", MINIATURES / model] if model else []
+    result = explain("--image", ELONGATED, *options, width=width)
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    for fact in ("image 256×64", *facts, "LLaVA-1.5 1 576 8.19 1.00 15.50 1.00", "LLaVA-NeXT 3 1164"):
+        assert fact in text
+    assert max(len(line.rstrip()) for line in result.stdout.splitlines()) <= width
+    assert "…" not in result.stdout
+
+
+def test_explain_of_a_release():
+    result = explain("--image", ELONGATED, *ORIGINAL)
+    assert "overview encoded at 672×168 pixels" in " ".join(result.stdout.split()), result.output
+
+
+def test_explain_draws(tmp_path):
+    output = tmp_path / "overlay.png"
+    result = explain("--image", ELONGATED, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert f"Wrote {output}" in result.stdout
+    first = output.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    others = ("--image", ELONGATED, "--model", MINIATURES / "llava-uhd-miniature", "--output", output)
+    again = explain(*others)
+    assert again.exit_code == 1 and "exists already" in again.stderr and output.read_bytes() == first
+    assert explain(*others, "--force").exit_code == 0
+    assert output.read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "missing.jpg"], "missing.jpg"),
+        (["--image", ROOT / "LICENSE"], "cannot identify image file"),
+        (["--image", ELONGATED, "--model", "no/such/folder"], "no/such/folder"),
+        (["--image", ELONGATED, "--output", "no/such/folder/picture.png"], "folder"),
+    ],
+    ids=["missing image", "no image file", "model", "output"],
+)
+def test_explain_says_what_is_wrong(arguments, message):
+    result = explain(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ") and message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_explain_draws_by_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setattr("llava_family.cli.find_spec", lambda name: None)
+    result = explain("--image", ELONGATED, "--output", tmp_path / "overlay.png")
+    assert result.exit_code == 1 and "pip install 'llava-family[plot]'" in result.stderr

@@ -100,6 +100,27 @@ def routing(
 
 
 @app.command()
+def explain(
+    image: Annotated[str, typer.Option(help="Image file or URL.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository of a checkpoint; by default the released LLaVA-UHD's.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="PNG file to draw slices and overview into.")] = None,
+    vision_tower: VisionTowerOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output.")] = False,
+) -> None:
+    """Show how an image becomes tokens, and what that costs beside LLaVA-1.5 and LLaVA-NeXT; weights are not read."""
+    with _clear_errors():
+        if output:
+            if find_spec("matplotlib") is None:
+                raise ValueError("The picture needs matplotlib: `pip install 'llava-family[plot]'`.")
+            from .inspection.routing_report import check_output_file
+
+            check_output_file(output, force)
+        _explain(_open_image(image), model, output, vision_tower)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository of a checkpoint, converted or original.")],
     output: Annotated[Path, typer.Argument(help="New folder for the repository.")],
@@ -208,6 +229,22 @@ def _stream_answer(
     model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
 
 
+def _explain(image: Any, model_name: str | None, output: Path | None, vision_tower: str | None) -> None:
+    from rich.console import Console
+
+    from .inspection.explaining import explain_image
+
+    if model_name is None:
+        explanation = explain_image(image)
+    else:
+        explanation = _load_processor(model_name, vision_tower).explain(image)
+    console = Console(highlight=False)
+    console.print(explanation)
+    if output:
+        explanation.plot(output)
+        console.print(f"Wrote {output.resolve()}", markup=False, soft_wrap=True)
+
+
 def _report_routing(
     model_name: str,
     prompt: str,
@@ -244,16 +281,28 @@ def _report_routing(
 def _load(model_name: str, vision_tower: str | None, dtype: str, device: str | None) -> tuple[Any, Any]:
     """Model, on its device, and processor of a checkpoint, converted or original."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+    from transformers import AutoModelForImageTextToText
 
-    original = {}
-    if vision_tower:
-        # The originals of the families name their vision tower differently.
-        config_dict, _ = PreTrainedConfig.get_config_dict(model_name)
-        original = {"mm_image_tower" if "mm_image_tower" in config_dict else "mm_vision_tower": vision_tower}
+    original = _original_arguments(model_name, vision_tower)
     model = AutoModelForImageTextToText.from_pretrained(model_name, dtype=dtype, **original)
-    processor = AutoProcessor.from_pretrained(model_name, **original)
+    processor = _load_processor(model_name, vision_tower)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+
+
+def _load_processor(model_name: str, vision_tower: str | None) -> Any:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(model_name, **_original_arguments(model_name, vision_tower))
+
+
+def _original_arguments(model_name: str, vision_tower: str | None) -> dict[str, str]:
+    """The originals of the families name their vision tower differently."""
+    from transformers import PreTrainedConfig
+
+    if not vision_tower:
+        return {}
+    config_dict, _ = PreTrainedConfig.get_config_dict(model_name)
+    return {"mm_image_tower" if "mm_image_tower" in config_dict else "mm_vision_tower": vision_tower}
 
 
 def _prepare_inputs(model: Any, processor: Any, prompt: str, images: list) -> Any:

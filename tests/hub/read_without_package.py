@@ -74,8 +74,13 @@ def read(job):
     classes, model, processor = classes_of(job["repository"], job["heads"])
     inputs = inputs_for(processor, image)
     save_file({**inputs, **answer(model, inputs)}, job["tensors"])
+    try:
+        processor.explain(image)
+    except ImportError as error:
+        explain_error = str(error)
     return {
         "classes": classes,
+        "explain_error": explain_error,
         "image_processors": image_processors,
         "text": generated_text(image, model=job["repository"], **REMOTE),
     }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from llava_family.auto import FAMILIES
 
@@ -82,3 +83,22 @@ def test_every_auto_class_finds_the_repositorys_code(name, family, readings):
 def test_pixels_are_the_originals_unless_torchvision_is_asked_for(name, family, readings):
     expected = [f"{family.prefix}ImageProcessorPil", f"{family.prefix}ImageProcessor"]
     assert readings[name]["image_processors"] == expected
+
+
+@pytest.mark.slow
+def test_explain_asks_for_the_package(name, readings):
+    assert "pip install llava-family" in readings[name]["explain_error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["uhd-converted", "phi-converted", "mole-converted"], indirect=True)
+def test_explain_with_the_package(name, checkpoints, repositories):
+    """The repository's own class of processor is explained as the package's is."""
+    processor = AutoProcessor.from_pretrained(checkpoints(name))
+    reference = f"processing_{CASES[name].family}.{type(processor).__name__}"
+    exported_class = get_class_from_dynamic_module(reference, repositories(name))
+    assert not isinstance(processor, exported_class)
+    exported = exported_class.from_pretrained(repositories(name))
+    explanation, expected = (each.explain(CASES[name].image, prompt="What?") for each in (exported, processor))
+    assert explanation.facts() == expected.facts()
+    assert explanation.model == expected.model

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlavaConfig, LlavaNextConfig
 
-from llava_family.inspection.flops import count_flops
+from llava_family.inspection.flops import count_flops, count_layerwise, image_inputs
 from llava_family.llava_uhd.configuration_llava_uhd import LlavaUhdConfig
 from llava_family.llava_uhd.modeling_llava_uhd import LlavaUhdForConditionalGeneration
 from llava_family.llava_uhd.slicing_llava_uhd import plan_slices
@@ -165,6 +165,27 @@ def test_count_is_that_of_a_real_forward_pass(resampler_type, size):
     report = count_flops(config, *size)
     assert report.num_tokens == input_ids.shape[1]
     assert report.total == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("size", [(56, 56), (112, 168)])
+@pytest.mark.parametrize("family", ["llava_uhd", "llava", "llava_next", "siglip"])
+def test_layerwise_count_is_the_same(family, size):
+    text = {**TINY_TEXT, "num_hidden_layers": 5}
+    vision = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 7, "num_attention_heads": 2}
+    vision |= {"image_size": 56, "patch_size": 14}
+    config = {
+        "llava_uhd": lambda: LlavaUhdConfig(text_config=text, vision_config=vision, num_queries=4),
+        "llava": lambda: LlavaConfig(text_config=text, vision_config={**vision, "model_type": "clip_vision_model"}),
+        "llava_next": lambda: LlavaNextConfig(
+            text_config=text,
+            vision_config={**vision, "model_type": "clip_vision_model"},
+            image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+        ),
+        "siglip": lambda: LlavaConfig(text_config=text, vision_config={**vision, "model_type": "siglip_vision_model"}),
+    }[family]()
+    before = config.to_dict()
+    assert count_layerwise(config, image_inputs(config, *size)) == count_flops(config, *size)
+    assert config.to_dict() == before
 
 
 def test_unsliced_image_costs_less_than_a_sliced_one():

@@ -14,6 +14,8 @@
 """Processor of LLaVA-UHD: prompts with image placeholders to token ids, images to patches of their views."""
 
 import re
+from importlib import import_module
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
@@ -172,6 +174,34 @@ class LlavaUhdProcessor(ProcessorMixin):
             num_image_tokens=[plan.num_features(self.num_queries) for plan in plans],
             num_image_patches=[plan.num_patches for plan in plans],
         )
+
+    def explain(self, image, prompt: str | None = None, **kwargs: Any):
+        """
+        Explains what becomes of one image: its views, what the language model reads of it, and what that costs.
+
+        Args:
+            image (`PIL.Image.Image`, `str`, `os.PathLike`, `bytes`, `np.ndarray` or `torch.Tensor`):
+                One image: PIL image, path, URL, bytes of a file, or grey levels of shape `(height, width)`, `(height,
+                width, channels)` or `(channels, height, width)`.
+            prompt (`str`, *optional*):
+                A question about the image, for the layout of the whole prompt.
+            kwargs:
+                Settings of the image processor, as in a call of the processor.
+
+        Returns:
+            `ImageExplanation`: of `llava_family.inspection.explaining`. `print` it, or draw it with `plot`.
+
+        Raises:
+            ValueError: if `image` is not one image that can be read, or a setting is wrong.
+            ImportError: if the package llava-family is not installed, which exported code does without.
+        """
+        try:  # By its name, so that the code of an exported repository does not need it.
+            explaining = import_module("llava_family.inspection.explaining")
+        except ImportError as error:
+            raise ImportError(
+                "`explain` is in the package llava-family, which cannot be imported: `pip install llava-family`."
+            ) from error
+        return explaining.explain_with_processor(self, image, prompt, **kwargs)
 
     @property
     def model_input_names(self):
