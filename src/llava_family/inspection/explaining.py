@@ -2,6 +2,9 @@
 
 `explain` of the three processors and the command `llava-family explain` give an [`ImageExplanation`]. No weights are
 read, and no model is run.
+
+Source: no counterpart, transformers' processors do not explain; the slices are those of the LLaVA-UHD paper, sections
+3.2 and 3.4.
 """
 
 import math
@@ -34,7 +37,7 @@ BASELINE = "LLaVA-1.5"
 COMMA, NEWLINE = ",", "↵"
 NOTE = (
     "TFLOPs: prefill of the image alone, with dense Vicuna 1.5 text models of 7B and 13B; "
-    f"÷ 1.5 is the ratio to {BASELINE}."
+    f"ratio: to {BASELINE}."
 )
 
 
@@ -84,7 +87,7 @@ class ImageExplanation:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Of the image as it is shown, before any resizing."""
+        """`(width, height)` in pixels of the image as it is shown, before any resizing."""
         return self.image.size
 
     @property
@@ -94,12 +97,12 @@ class ImageExplanation:
 
     @property
     def slice_size(self) -> tuple[int, int] | None:
-        """Of every slice as the vision tower sees it; `None` where the image is not sliced."""
+        """`(width, height)` in pixels of every slice as the vision tower sees it; `None` where nothing is sliced."""
         return self.plan.slice_size if self.plan else None
 
     @property
     def overview_size(self) -> tuple[int, int]:
-        """Of the view of the whole image as the vision tower sees it. The square view is one, too."""
+        """`(width, height)` in pixels of the view of the whole image that the vision tower sees, also a square one."""
         return self.plan.overview_size if self.plan else self.square_view.size  # type: ignore[union-attr]
 
     @property
@@ -188,7 +191,11 @@ class ImageExplanation:
         return draw_slices(self.image, self.plan, self.tokens_per_view, self.num_tokens, path)  # type: ignore[arg-type]
 
     def facts(self) -> dict[str, str]:
-        """What is to be said about the image, by topic."""
+        """What is to be said about the image, by topic.
+
+        Returns:
+            `dict[str, str]`: Texts by topic, such as `"tokens"`, in the order in which they are printed.
+        """
         sizes = {"image": _pixels(self.image_size)}
         if self.plan is None:
             sizes["view"] = f"{_pixels(self.overview_size)}, one for the whole image"
@@ -209,7 +216,7 @@ class ImageExplanation:
     def _cost_rows(self) -> tuple[list[str], list[list[str]]]:
         """Heads and cells of the table of costs."""
         heads = ["model", "views", "tokens"]
-        heads += [head for size in TEXT_MODELS for head in (f"{size} TFLOPs", "÷ 1.5")]
+        heads += [head for size in TEXT_MODELS for head in (f"{size} TFLOPs", "ratio")]
         rows = []
         for cost in self.costs:
             cells = [cost.model, str(cost.num_views), str(cost.num_tokens)]
@@ -262,10 +269,16 @@ def explain_image(
     """What LLaVA-UHD makes of an image, by default with the released settings. No checkpoint is needed.
 
     Args:
-        image: One image of any kind that processors take: PIL, path, URL, bytes of a file, array or tensor.
-        image_processor (*optional*): Which slices images. By default that of the released LLaVA-UHD.
-        num_queries (`int`, *optional*, defaults to 144): Features of every view.
+        image (`PIL.Image.Image`, `str`, `os.PathLike`, `bytes`, `np.ndarray` or `torch.Tensor`): One image, as
+            [`open_one_image`] takes it: arrays are of shape `(height, width)`, `(height, width, channels)` or
+            `(channels, height, width)`, of dtype uint8 or of any other that processors take.
+        image_processor (`LlavaUhdImageProcessorPil`, *optional*): Which slices images. By default that of the released
+            LLaVA-UHD.
+        num_queries (`int`, *optional*, defaults to 144): Features of every view, each a token.
         model (`str`, *optional*, defaults to `"LLaVA-UHD"`): Name of the model.
+
+    Returns:
+        `ImageExplanation`: Of the image.
 
     Raises:
         ValueError: if `image` is not one image that can be read, or cannot be sliced.
@@ -281,9 +294,14 @@ def explain_with_processor(processor: Any, image: Any, prompt: str | None = None
 
     Args:
         processor (`LlavaUhdProcessor`, `MoeLlavaProcessor` or `LlavaMoleProcessor`): May be of an exported repository.
-        image: One image of any kind that the processor takes.
+        image (`PIL.Image.Image`, `str`, `os.PathLike`, `bytes`, `np.ndarray` or `torch.Tensor`): One image, as
+            [`open_one_image`] takes it: arrays are of shape `(height, width)`, `(height, width, channels)` or
+            `(channels, height, width)`, of dtype uint8 or of any other that processors take.
         prompt (`str`, *optional*): A question about it, for the layout of the whole prompt.
         kwargs: Settings of the image processor, as in a call of the processor.
+
+    Returns:
+        `ImageExplanation`: Of the image.
 
     Raises:
         ValueError: if `image` is not one image that can be read, or a setting is wrong.
@@ -312,8 +330,11 @@ def open_one_image(image: Any, image_processor: Any = None) -> Image.Image:
     Args:
         image (`PIL.Image.Image`, `str`, `os.PathLike`, `bytes`, `np.ndarray` or `torch.Tensor`): PIL image, path, URL,
             bytes of a file, or grey levels of shape `(height, width)`, `(height, width, channels)` or `(channels,
-            height, width)`.
-        image_processor (*optional*): Whose PIL backend says what becomes of transparency.
+            height, width)`, of dtype uint8 or of any other that processors take.
+        image_processor (`LlavaUhdImageProcessorPil`, *optional*): Whose PIL backend says what becomes of transparency.
+
+    Returns:
+        `PIL.Image.Image`: Upright, of mode RGB.
 
     Raises:
         ValueError: if it is no image or more than one, or cannot be read.

@@ -120,6 +120,9 @@ def count_layerwise(config: PreTrainedConfig, image: "ImageInputs") -> FlopRepor
             must be those of the vision tower's last layer but one.
         image ([`ImageInputs`]): Shapes of what an image is for this model.
 
+    Returns:
+        `FlopReport`: FLOPs by part, and the number of views and tokens.
+
     Raises:
         TypeError: if `config` is of another family.
     """
@@ -171,8 +174,9 @@ class ImageInputs(NamedTuple):
     """What an image is for a model.
 
     Attributes:
-        arguments (`dict[str, torch.Tensor]`): Of `get_image_features`. Pixels lie on meta, sizes on the CPU since
-            models read them.
+        arguments (`dict[str, torch.Tensor]`): Of `get_image_features`: `pixel_values` on meta in float32, of shape
+            `(num_patches, channels * patch_size**2)` or, of in-tree models, `(1, [num_views,] channels, size, size)`;
+            and int64 grids of shape `(1, 3, 2)` or sizes of shape `(1, 2)` on the CPU, since models read them.
         num_views (`int`): Images that the vision tower sees.
         num_separators (`int`): Positions of the image in the text model's sequence that are no features.
     """
@@ -183,7 +187,16 @@ class ImageInputs(NamedTuple):
 
 
 def image_inputs(config: PreTrainedConfig, width: int, height: int) -> ImageInputs:
-    """What an image of `width` x `height` pixels is for a model."""
+    """What an image of `width` x `height` pixels is for a model.
+
+    Args:
+        config (`LlavaUhdConfig`, `LlavaConfig` or `LlavaNextConfig`): The model.
+        width (`int`): Width of the image in pixels.
+        height (`int`): Height of the image in pixels.
+
+    Returns:
+        `ImageInputs`: Shapes, without an image.
+    """
     vision_config = config.vision_config
     if isinstance(config, LlavaUhdConfig):
         base_size, patch_size = vision_config.image_size, vision_config.patch_size
@@ -200,7 +213,15 @@ def image_inputs(config: PreTrainedConfig, width: int, height: int) -> ImageInpu
 
 
 def sliced_inputs(config: Any, plan: SlicePlan) -> ImageInputs:
-    """What an image that is cut as `plan` says is for a LLaVA-UHD model."""
+    """What an image that is cut as `plan` says is for a LLaVA-UHD model.
+
+    Args:
+        config (`LlavaUhdConfig`): The model.
+        plan (`SlicePlan`): The views of the image.
+
+    Returns:
+        `ImageInputs`: Shapes, without an image.
+    """
     pixels = config.vision_config.num_channels * plan.patch_size**2
     arguments = {
         "pixel_values": torch.empty(plan.num_patches, pixels, device="meta"),

@@ -1,4 +1,7 @@
-"""Draws the views of an image: slices in their order, separators between them and overview; or the one square view."""
+"""Draws the views of an image: slices in their order, separators between them and overview; or the one square view.
+
+Source: the LLaVA-UHD paper's sections 3.2 and 3.4.
+"""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -22,8 +25,6 @@ def plot_slices(image: Image.Image, processor: Any, path: str | os.PathLike | No
     """The slices of an image in the order in which a language model reads them, and its overview.
 
     A comma follows every slice, a return arrow the last one of a row. The overview is last.
-
-    Source: the paper's sections 3.2 and 3.4.
 
     Args:
         image (`PIL.Image.Image`): The image, as it is given to the processor.
@@ -52,6 +53,9 @@ def draw_slices(
         num_queries (`int`): Features of every view.
         num_tokens (`int`): Positions that it takes in the text model's sequence.
         path (`str` or `os.PathLike`, *optional*): PNG file to write.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -84,6 +88,9 @@ def draw_square(
         num_tokens (`int`): Positions that it takes in the text model's sequence.
         path (`str` or `os.PathLike`, *optional*): PNG file to write.
 
+    Returns:
+        `matplotlib.figure.Figure`: The figure.
+
     Raises:
         ImportError: if matplotlib is not installed.
     """
@@ -101,7 +108,8 @@ def draw_square(
 def _two_panels(image: Image.Image) -> tuple["Figure", Any]:
     aspect = image.width / image.height
     beside = aspect < 2  # an elongated image has its other view below
-    figure = _figure((9.0, 5.0) if beside else (11.0, min(3.4 + 2 * 9.0 / aspect, 7.4)))
+    # Panels are 3.9 inches wide beside each other, 9 below each other; titles, labels and legend need the rest.
+    figure = _figure((9.0, min(1.6 + 3.9 / aspect, 7.4)) if beside else (11.0, min(3.4 + 2 * 9.0 / aspect, 7.4)))
     return figure, figure.subplots(1, 2) if beside else figure.subplots(2, 1)
 
 

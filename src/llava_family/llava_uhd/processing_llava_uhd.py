@@ -182,7 +182,7 @@ class LlavaUhdProcessor(ProcessorMixin):
         Args:
             image (`PIL.Image.Image`, `str`, `os.PathLike`, `bytes`, `np.ndarray` or `torch.Tensor`):
                 One image: PIL image, path, URL, bytes of a file, or grey levels of shape `(height, width)`, `(height,
-                width, channels)` or `(channels, height, width)`.
+                width, channels)` or `(channels, height, width)`, of dtype uint8 or of any other that processors take.
             prompt (`str`, *optional*):
                 A question about the image, for the layout of the whole prompt.
             kwargs:
