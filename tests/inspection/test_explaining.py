@@ -339,3 +339,10 @@ def test_without_the_package(processor_class, monkeypatch):
     monkeypatch.setitem(sys.modules, "llava_family.inspection.explaining", None)
     with pytest.raises(ImportError, match="pip install llava-family"):
         processor_class.explain(None, IMAGE)
+
+
+def test_document_shows_what_is_printed():
+    (shown,) = re.findall(r"```text\n(.*?)```", (ROOT / "docs" / "explain.md").read_text("utf-8"), flags=re.DOTALL)
+    printed = str(explain_image(ROOT / "examples" / "images" / "wide_text.png"))
+    assert len(shown.splitlines()) >= 10
+    assert shown.strip() in printed

@@ -159,11 +159,16 @@ def _count(config: PreTrainedConfig, image: "ImageInputs", repeats: dict[str, in
     return FlopReport(num_views=image.num_views, num_tokens=num_tokens, **counts)
 
 
-def _build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     model_class = MODEL_CLASSES.get(type(config))
     if model_class is None:
         supported = ", ".join(config_class.__name__ for config_class in MODEL_CLASSES)
         raise TypeError(f"FLOPs can be counted for {supported}, but the configuration is a {type(config).__name__}.")
+    return model_class
+
+
+def _build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    model_class = _model_class(config)
     with torch.device("meta"):
         # SDPA falls apart into two counted matrix products on meta. Other kernels may have no FLOP formula: torch has
         # none for SDPA on the CPU. The model writes its choice into the configuration, hence the copy.
@@ -196,7 +201,11 @@ def image_inputs(config: PreTrainedConfig, width: int, height: int) -> ImageInpu
 
     Returns:
         `ImageInputs`: Shapes, without an image.
+
+    Raises:
+        TypeError: if `config` is of another family.
     """
+    _model_class(config)
     vision_config = config.vision_config
     if isinstance(config, LlavaUhdConfig):
         base_size, patch_size = vision_config.image_size, vision_config.patch_size
