@@ -28,7 +28,7 @@ test-all: export RUN_SLOW := 1
 test-all: export LLAVA_WHOLE := 1
 test-all: lint test-transformers coverage
 
-check: lint
+check: lint .venv/.quantise
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -x -m "not slow"
 
 lint: .venv/.installed
