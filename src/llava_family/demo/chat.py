@@ -63,7 +63,7 @@ class Chat:
         Raises:
             ValueError: if the messages cannot be processed.
         """
-        images = [_images_of(message) for message in messages]
+        images = [image for message in messages for image in _images_of(message)]
         with self._lock:
             self.stop()  # one whose user has left may still be at its last token
             inputs = prepare_inputs(self.model, self.processor, messages)
@@ -71,14 +71,14 @@ class Chat:
             self._generation = _Generation(self.model, self.processor, self.recorder, inputs, config)
             try:
                 # Views are drawn while the model reads them; those of images that were there before are on the page.
-                views = views_panel(sum(images, []), self.processor) if images[-1] else None
+                views = views_panel(images, self.processor) if _images_of(messages[-1]) else None
                 yield Update("", views, ROUTING_PENDING if self.recorder else None)
                 text = ""
                 for piece in self._generation.pieces():
                     text += piece
                     yield Update(text.strip())
                 if self.recorder is not None:
-                    yield Update(text.strip(), routing=routing_panel(sum(images, []), self.recorder))
+                    yield Update(text.strip(), routing=routing_panel(images, self.recorder))
             finally:
                 self._generation.stopped.set()
 

@@ -83,9 +83,7 @@ def routing_panel(images: Sequence[Image.Image], recorder: RoutingRecorder) -> s
             continue
         content = _fit(figure, f"{name}: map of the first-choice expert of every token, one for each layer")
         figures.append(_figure(f"{name}: first-choice expert of every token", content))
-    loads = _fit(
-        plot_modality_loads(recorder), "Stacked bars: share of each expert per layer, for text and for images"
-    )
+    loads = _fit(plot_modality_loads(recorder), "Stacked bars: share of each expert by layer, for text and images")
     figures.append(_figure("Share of the tokens whose first choice an expert is", loads))
     note = "Of all that was computed for the last answer: images, conversation and answer."
     if recorder.is_dense:
