@@ -92,7 +92,7 @@ def keep(page, name):
 
 def test_slices(tmp_path):
     first, second = QUESTIONS["uhd"][:2]
-    with opened(["--model", str(CHECKPOINTS / "llava-uhd-miniature")]) as page:
+    with opened(["--model", os.path.relpath(CHECKPOINTS / "llava-uhd-miniature")]) as page:
         ask(page, first["question"], first["image"])
         wait_for_answer(page, first["answer"])
         wait_for_picture(page, "Image 1: its slices and its overview")
@@ -115,7 +115,7 @@ def test_slices(tmp_path):
 
 def test_routing():
     first, second = QUESTIONS["moe"][:2]
-    with opened(["--model", str(CHECKPOINTS / "moe-llava-miniature")]) as page:
+    with opened(["--model", os.path.relpath(CHECKPOINTS / "moe-llava-miniature")]) as page:
         ask(page, first["question"], first["image"])
         wait_for_answer(page, first["answer"])
         wait_for_picture(page, "Image 1: map of the first-choice expert")
@@ -147,7 +147,7 @@ def test_stop_and_narrow_window():
 @pytest.mark.skipif(os.environ.get("DEMO_PICTURES") != "1", reason="draws a picture for docs/demo.md")
 def test_routing_of_lora_experts():
     (item, *_) = QUESTIONS["mole"]
-    with opened(["--model", str(CHECKPOINTS / "llava-mole-miniature")]) as page:
+    with opened(["--model", os.path.relpath(CHECKPOINTS / "llava-mole-miniature")]) as page:
         ask(page, item["question"], item["image"])
         wait_for_answer(page, item["answer"])
         wait_for_picture(page, "Image 1: map of the first-choice expert")
