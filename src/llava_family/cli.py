@@ -1,7 +1,7 @@
 """The `llava-family` command."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -121,6 +121,27 @@ def explain(
 
 
 @app.command()
+def demo(
+    model: ModelOption,
+    vision_tower: VisionTowerOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes any that is free.")] = 7860,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Ask a model about images in the browser, and see what it does with them; Ctrl-C ends."""
+    with _clear_errors(), suppress(KeyboardInterrupt):
+        if find_spec("gradio") is None or find_spec("matplotlib") is None:
+            raise ValueError("The demo needs gradio and matplotlib: `pip install 'llava-family[demo]'`.")
+        from .demo.chat import Chat
+        from .demo.page import build_page, check_port, serve
+
+        port = check_port(host, port)
+        chat = Chat(*_load(model, vision_tower, dtype, device))
+        serve(build_page(chat, model), chat, host, port, report=typer.echo)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository of a checkpoint, converted or original.")],
     output: Annotated[Path, typer.Argument(help="New folder for the repository.")],
@@ -222,11 +243,13 @@ def _stream_answer(
 ) -> None:
     from transformers import TextStreamer
 
+    from .generating import decoding_config, prepare_inputs
+
     model, processor = _load(model_name, vision_tower, dtype, device)
-    inputs = _prepare_inputs(model, processor, prompt, images)
-    _set_decoding(model, temperature)
+    inputs = prepare_inputs(model, processor, _question(prompt, images))
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
+    config = decoding_config(model, max_new_tokens, temperature)
+    model.generate(**inputs, generation_config=config, streamer=streamer)
 
 
 def _explain(image: Any, model_name: str | None, output: Path | None, vision_tower: str | None) -> None:
@@ -259,16 +282,16 @@ def _report_routing(
     from rich.console import Console
     from transformers.image_utils import load_image
 
+    from .generating import decoding_config, prepare_inputs
     from .inspection.routing import RoutingRecorder
     from .inspection.routing_report import routing_table, write_routing_report
 
     images = [load_image(image) for image in images]  # the report shows them, so URLs are fetched here
     model, processor = _load(model_name, vision_tower, dtype, device)
     recorder = RoutingRecorder(model, processor)
-    inputs = _prepare_inputs(model, processor, prompt, images)
-    _set_decoding(model, temperature=0.0)
+    inputs = prepare_inputs(model, processor, _question(prompt, images))
     with recorder:
-        generated = model.generate(**inputs, max_new_tokens=max_new_tokens)
+        generated = model.generate(**inputs, generation_config=decoding_config(model, max_new_tokens, 0.0))
     answer = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     facts = {"Model": model_name, "Prompt": prompt, "Answer": answer}
     path = write_routing_report(recorder, output, images, facts, overwrite=force)
@@ -305,24 +328,9 @@ def _original_arguments(model_name: str, vision_tower: str | None) -> dict[str, 
     return {"mm_image_tower" if "mm_image_tower" in config_dict else "mm_vision_tower": vision_tower}
 
 
-def _prepare_inputs(model: Any, processor: Any, prompt: str, images: list) -> Any:
+def _question(prompt: str, images: list) -> list[dict[str, Any]]:
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device, model.dtype)
-
-
-def _set_decoding(model: Any, temperature: float) -> None:
-    # The released generation configuration samples; what was asked for here replaces it.
-    if temperature:
-        model.generation_config.update(do_sample=True, temperature=temperature)
-    else:
-        model.generation_config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
-    model.generation_config.max_length = None  # `max_new_tokens` counts
+    return [{"role": "user", "content": content}]
 
 
 def main() -> None:

@@ -305,7 +305,7 @@ def plot_image_routing(
     maps = image_expert_maps(recorder, image.size, image_index)
     backgrounds = {"view": None, "slices": image.convert("RGB"), "overview": image.convert("RGB")}
     if "view" in maps:
-        backgrounds["view"] = _square_view(image, recorder)
+        backgrounds["view"] = square_view(image, _image_processor(recorder))
     num_layers = len(recorder.layer_indices)
     rows_per_map = math.ceil((num_layers + 1) / 6)
     columns = math.ceil((num_layers + 1) / rows_per_map)
@@ -413,14 +413,21 @@ def _image_processor(recorder: RoutingRecorder) -> Any:
     return getattr(recorder.processor, "image_processor", recorder.processor)
 
 
-def _square_view(image: Image.Image, recorder: RoutingRecorder) -> Image.Image:
-    """What the vision tower sees, in colours again; without a processor the image on a grey square."""
-    processor = _image_processor(recorder)
-    if processor is None:
+def square_view(image: Image.Image, image_processor: Any = None) -> Image.Image:
+    """What the vision tower sees of an image under the vision encoding `"square"`, in colours again.
+
+    Args:
+        image (`PIL.Image.Image`): The image.
+        image_processor (`BaseImageProcessor`, *optional*): The model's; without it the image on a grey square.
+
+    Returns:
+        `PIL.Image.Image`: RGB, of the size of the vision tower's input.
+    """
+    if image_processor is None:
         side = max(image.size)
         return ImageOps.pad(image.convert("RGB"), (side, side), color=(127, 127, 127))
-    pixels = np.asarray(processor(images=[image], return_tensors="np")["pixel_values"][0])
-    mean, std = (np.reshape(values, (-1, 1, 1)) for values in (processor.image_mean, processor.image_std))
+    pixels = np.asarray(image_processor(images=[image], return_tensors="np")["pixel_values"][0])
+    mean, std = (np.reshape(values, (-1, 1, 1)) for values in (image_processor.image_mean, image_processor.image_std))
     colors = ((pixels * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
     return Image.fromarray(colors.transpose(1, 2, 0))
 
@@ -549,4 +556,5 @@ __all__ = [
     "plot_modality_loads",
     "plot_pathways",
     "principal_pathways",
+    "square_view",
 ]

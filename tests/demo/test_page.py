@@ -1,0 +1,154 @@
+"""The demo in a real browser: the command is started, pictures are dropped, questions asked, answers and panels seen.
+
+`DEMO_PICTURES=1` writes the screenshots of docs/demo.md too.
+"""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from .serving import running_demo
+
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINTS = ROOT / "examples" / "miniature" / "checkpoints"
+PICTURES = ROOT / "examples" / "images" / "miniature"
+QUESTIONS = json.loads((PICTURES / "questions.json").read_text("utf-8"))
+UHD = ROOT / "tests" / "fixtures" / "llava_uhd"
+RANDOM = ["--model", str(UHD / "original_checkpoint"), "--vision-tower", str(UHD / "clip_vision_tower")]
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+TIMEOUT = 60_000  # milliseconds
+
+pytestmark = pytest.mark.slow
+
+
+@contextmanager
+def opened(arguments, width=1280):
+    """A page of the command; it must ask nobody but its own server, and write no error to the console."""
+    browser_path = shutil.which("chromium")
+    if browser_path is None:
+        reason = "The demo's page needs a browser: `apt-get install chromium`."
+        if os.environ.get("LLAVA_BROWSER") == "1":  # as in CI
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    hosts, problems = set(), []
+    with running_demo(["demo", *arguments]) as address, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=ARGUMENTS)
+        context = browser.new_context(viewport={"width": width, "height": 800})
+        context.set_default_timeout(TIMEOUT)
+        context.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+        page = context.new_page()
+        page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(address)
+        yield page
+        browser.close()
+    assert hosts - {None} == {"127.0.0.1"}
+    assert not problems
+
+
+def ask(page, question, *files):
+    if files:
+        page.locator("#question input[type=file]").set_input_files([str(PICTURES / file) for file in files])
+        page.locator("#question img").nth(len(files) - 1).wait_for()
+    field = page.get_by_label("Question", exact=True)
+    field.fill(question)
+    field.press("Enter")
+
+
+def wait_for_answer(page, text):
+    page.locator("#conversation .bot.message", has_text=text).last.wait_for()
+    page.get_by_label("Submit").wait_for()
+
+
+def wait_for_picture(page, name):
+    """That it is there, and that the browser can show it."""
+    picture = page.get_by_alt_text(name)
+    picture.first.wait_for()
+    assert picture.first.evaluate("image => image.naturalWidth") > 60
+
+
+def keep(page, name):
+    if os.environ.get("DEMO_PICTURES") == "1":
+        page.wait_for_timeout(800)
+        page.screenshot(path=ROOT / "docs" / "pictures" / f"demo-{name}.png", full_page=True)
+
+
+def test_slices(tmp_path):
+    first, second = QUESTIONS["uhd"][:2]
+    with opened(["--model", os.path.relpath(CHECKPOINTS / "llava-uhd-miniature")]) as page:
+        ask(page, first["question"], first["image"])
+        wait_for_answer(page, first["answer"])
+        wait_for_picture(page, "Image 1: its slices and its overview")
+        assert page.get_by_alt_text(first["image"]).count() == 1
+        assert not page.get_by_role("heading", name="Routing").is_visible()
+        keep(page, "slices")
+        # again, and then what is no image
+        page.get_by_label("Retry").click()
+        wait_for_answer(page, first["answer"])
+        assert page.locator("#conversation .bot.message").count() == 1
+        broken = tmp_path / "notes.png"
+        broken.write_text("no image")
+        ask(page, "What?", broken)
+        wait_for_answer(page, "notes.png is not an image")
+        page.get_by_label("Clear").click()
+        page.get_by_text("Shown when you have asked about an image.").wait_for()
+        ask(page, second["question"], second["image"])
+        wait_for_answer(page, second["answer"])
+
+
+def test_routing():
+    first, second = QUESTIONS["moe"][:2]
+    with opened(["--model", os.path.relpath(CHECKPOINTS / "moe-llava-miniature")]) as page:
+        ask(page, first["question"], first["image"])
+        wait_for_answer(page, first["answer"])
+        wait_for_picture(page, "Image 1: map of the first-choice expert")
+        wait_for_picture(page, "Stacked bars")
+        keep(page, "routing-moe")
+        page.get_by_label("Clear").click()
+        page.get_by_text("Shown when you have asked about an image.").wait_for()
+        ask(page, second["question"], first["image"], second["image"])
+        wait_for_picture(page, "Image 2: map of the first-choice expert")
+        wait_for_picture(page, "Image 2 as the square view")
+
+
+def test_stop_and_narrow_window():
+    """An original checkpoint of random weights, which would go on for a thousand tokens."""
+    with opened([*RANDOM, "--dtype", "float32"], width=400) as page:
+        page.get_by_text("Decoding").click()
+        page.get_by_label("number input for Longest answer, in tokens").fill("1024")
+        page.get_by_label("number input for Temperature").fill("1.5")
+        ask(page, "What is this?", "skill_0.png")
+        page.wait_for_function("document.querySelector('#conversation .bot.message')?.innerText.length > 10")
+        page.get_by_label("Stop").click()
+        page.get_by_label("Submit").wait_for()
+        answer = page.locator("#conversation .bot.message").inner_text()
+        page.wait_for_timeout(500)
+        assert page.locator("#conversation .bot.message").inner_text() == answer
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+@pytest.mark.skipif(os.environ.get("DEMO_PICTURES") != "1", reason="draws a picture for docs/demo.md")
+def test_routing_of_lora_experts():
+    (item, *_) = QUESTIONS["mole"]
+    with opened(["--model", os.path.relpath(CHECKPOINTS / "llava-mole-miniature")]) as page:
+        ask(page, item["question"], item["image"])
+        wait_for_answer(page, item["answer"])
+        wait_for_picture(page, "Image 1: map of the first-choice expert")
+        keep(page, "routing-mole")
