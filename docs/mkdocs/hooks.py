@@ -86,3 +86,8 @@ def on_page_markdown(markdown, page, config, files):
         pieces += [LINK.sub(rewrite, markdown[end:start]), markdown[start:stop]]
         end = stop
     return "".join([*pieces, LINK.sub(rewrite, markdown[end:])])
+
+
+def on_page_content(html, page, config, files):
+    r"""GitHub wants `\|` for a `|` in a table's code, where Python's Markdown keeps the backslash."""
+    return re.sub(r"<td.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL)

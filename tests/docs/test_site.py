@@ -110,6 +110,7 @@ def test_site(tmp_path):
         assert ":::" not in text
         assert not re.search(r"^(?:<p>)?(?:Args|Parameters|Returns|Raises):", text, flags=re.MULTILINE)
     assert "rows, columns" in (site / "llava_uhd.html").read_text("utf-8")
+    assert "<code>&lt;|reg0|&gt;</code>" in (site / "fidelity.html").read_text("utf-8")
     # The search works from the disk: the index is a script.
     index = (site / "search" / "search_index.js").read_text("utf-8")
     assert index.startswith("var __index = ") and "adaptive" in index
