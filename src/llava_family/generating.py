@@ -1,4 +1,7 @@
-"""What commands that let a model answer have in common: a conversation's inputs, and how they are decoded."""
+"""What commands that let a model answer have in common: a conversation's inputs, and how they are decoded.
+
+Source: transformers' chat templates and `GenerationConfig`.
+"""
 
 import copy
 from typing import Any

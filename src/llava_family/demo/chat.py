@@ -1,6 +1,9 @@
 """Answers to conversations about images, piece by piece, and pictures of what the model did with them.
 
 Nothing here knows the page: conversations come as messages of transformers' chat templates.
+
+Source: no counterpart, the original codes' pages were scripts of their own; streaming is transformers'
+`TextIteratorStreamer`.
 """
 
 import os
@@ -59,6 +62,9 @@ class Chat:
             messages (`list[dict]`): Of roles and contents, as chat templates take them; images are PIL images.
             max_new_tokens (`int`): Longest answer in tokens.
             temperature (`float`): Of sampling; 0 decodes greedily.
+
+        Yields:
+            `Update`: The answer as far as it goes, and what is new beside it.
 
         Raises:
             ValueError: if the messages cannot be processed.
@@ -139,6 +145,9 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
     Args:
         path (`str` or `os.PathLike`): The file.
+
+    Returns:
+        `PIL.Image.Image`: Of the mode that it has in the file.
 
     Raises:
         ValueError: if there is no image in it, it is broken, or it has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.

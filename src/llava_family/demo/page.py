@@ -1,4 +1,7 @@
-"""The page itself, made of gradio's components, and the server that shows it until Ctrl-C."""
+"""The page itself, made of gradio's components, and the server that shows it until Ctrl-C.
+
+Source: no counterpart; components and server are gradio's.
+"""
 
 import os
 import socket
@@ -37,7 +40,8 @@ CSS = """
 .panel img { width: 100%; min-width: 30rem; height: auto; }
 .panel img.view { width: 15rem; min-width: 0; image-rendering: pixelated; }
 /* It would upload the picture to huggingface.co. */
-#conversation button[aria-label="Share"], #conversation div:has(> button[aria-label="Share"]:only-child) { display: none; }
+#conversation button[aria-label="Share"],
+#conversation div:has(> button[aria-label="Share"]:only-child) { display: none; }
 """
 
 # Names for who does not see the page, where gradio gives none
@@ -185,6 +189,9 @@ def read_conversation(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Args:
         history (`list[dict]`): What a `gradio.Chatbot` gives: each message's content is a list of files and texts.
 
+    Returns:
+        `list[dict]`: Messages of roles and contents, with PIL images.
+
     Raises:
         ValueError: if a file is no image.
     """
@@ -209,6 +216,13 @@ def read_conversation(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def check_port(host: str, port: int) -> int:
     """The port, or a free one for 0.
+
+    Args:
+        host (`str`): Address to listen at.
+        port (`int`): Port to listen at.
+
+    Returns:
+        `int`: The port, which nobody listens at now.
 
     Raises:
         ValueError: if it cannot be had.

@@ -1,4 +1,7 @@
-"""What stands beside the conversation, as HTML: the views of every image, and where its tokens were routed."""
+"""What stands beside the conversation, as HTML: the views of every image, and where its tokens were routed.
+
+Source: no counterpart; the pictures are those of [`inspection`](../inspection).
+"""
 
 import base64
 from collections.abc import Sequence
@@ -27,8 +30,11 @@ def _section(title: str, note: str, content: str = "") -> str:
     return f'<section class="panel"><h2>{escape(title)}</h2><p>{escape(note)}</p>{content}</section>'
 
 
+# The panels before there is something to show
 VIEWS_EMPTY = _section("What the model sees", "Shown when you have asked about an image.")
+# As above, of a model with routers
 ROUTING_EMPTY = _section("Routing", "Which experts the tokens went to; shown behind the first answer.")
+# While an answer is generated
 ROUTING_PENDING = _section("Routing", "Drawn when the answer is complete.")
 
 

@@ -178,6 +178,9 @@ def embed_figure(figure: "Figure", description: str) -> str:
     Args:
         figure (`matplotlib.figure.Figure`): The figure.
         description (`str`): Its alternative text.
+
+    Returns:
+        `str`: HTML.
     """
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
