@@ -37,7 +37,8 @@ CSS = """
 .panel img { width: 100%; min-width: 30rem; height: auto; }
 .panel img.view { width: 15rem; min-width: 0; image-rendering: pixelated; }
 /* It would upload the picture to huggingface.co. */
-#conversation button[aria-label="Share"], #conversation div:has(> button[aria-label="Share"]:only-child) { display: none; }
+#conversation button[aria-label="Share"],
+#conversation div:has(> button[aria-label="Share"]:only-child) { display: none; }
 """
 
 # Names for who does not see the page, where gradio gives none
