@@ -58,12 +58,13 @@ def doc_to_text(doc, lmms_eval_specific_kwargs=None):
 
 
 def two_rounds(doc, lmms_eval_specific_kwargs=None, round_idx=None, previous_output=None, previous_round_info=None):
-    # The second round asks again, and tells what the first one answered.
+    # The second round asks again, if it is told what the first one answered.
     if round_idx is None:
         return doc["question"]
     if round_idx == 2:
         return None, None, True, previous_output, None
-    return doc_to_visual(doc), doc["question"], False, previous_output, "round " + str(round_idx)
+    question = doc["question"] if len(previous_output) == 1 else "?"
+    return doc_to_visual(doc), question, False, previous_output, "round " + str(round_idx)
 
 
 def score_rounds(doc, results):

@@ -277,6 +277,15 @@ def test_batches_give_the_same_answers():
     assert together[4] == "52" and len(set(together)) > 4
 
 
+def test_padding_is_on_the_left_whatever_the_checkpoint_says(tmp_path):
+    shutil.copytree(MOE, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "padding_side": "right"}), "utf-8")
+    _, processor = answering.load(str(tmp_path / "model"), device="cpu")
+    masks = processor(text=["a", "a b c"], padding=True, return_tensors="pt")["attention_mask"]
+    assert masks[0].tolist() == sorted(masks[0].tolist()) and 0 in masks[0]
+
+
 def test_the_papers_settings_reach_the_model(monkeypatch):
     """Decoding replaces what the checkpoint's files say, and images are processed as the paper's script did."""
     model, processor = answering.load(str(UHD), device="cpu")
