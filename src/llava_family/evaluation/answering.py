@@ -1,4 +1,7 @@
-"""Asks a model many questions, in batches."""
+"""Asks a model many questions, in batches.
+
+Source: transformers' `apply_chat_template` and `generate`, in place of the evaluation scripts of the original codes.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +16,18 @@ from .settings import SETTINGS, GenerationSettings
 
 
 def family_of(model_name: str) -> str:
-    """The `model_type` of a checkpoint; `ValueError` if it is none of these families."""
+    """
+    The family of a checkpoint, by its configuration.
+
+    Args:
+        model_name (`str`): Folder or Hub repository.
+
+    Returns:
+        `str`: the `model_type`, a key of `SETTINGS`.
+
+    Raises:
+        ValueError: if the checkpoint is of none of these families.
+    """
     family = AutoConfig.from_pretrained(model_name).model_type
     if family not in SETTINGS:
         raise ValueError(
@@ -46,7 +60,16 @@ def load(model_name: str, dtype: str = "auto", device: str | None = None) -> tup
 
 
 def user_message(text: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """A conversation of one message, images first."""
+    """
+    A conversation of one message, images first.
+
+    Args:
+        text (`str`): The prompt.
+        images (`Sequence[PIL.Image.Image]`): What the prompt is about; may be empty.
+
+    Returns:
+        `list[dict[str, Any]]`: the user's message in the format of `apply_chat_template`.
+    """
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
 
@@ -63,13 +86,13 @@ def answer_batch(
     The model's answers to several conversations.
 
     Args:
-        model: Of one of the three families.
-        processor: The model's; it must pad on the left.
+        model (`PreTrainedModel`): Of one of the three families.
+        processor (`ProcessorMixin`): The model's; it must pad on the left.
         conversations (`Sequence[list[dict]]`): Messages in the format of `apply_chat_template`, the last one the
             user's, with images as `PIL.Image.Image`. The prompts are taken as they are: `settings.prompt` is the
             caller's to apply.
         settings (`GenerationSettings`): How to decode, and how to process images.
-        generate_arguments: Of `generate`, instead of those of the settings.
+        generate_arguments (`dict[str, Any]`, *optional*): Of `generate`, instead of those of the settings.
 
     Returns:
         `list[str]`: one answer each, without special tokens and outer white space.

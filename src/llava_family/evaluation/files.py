@@ -1,4 +1,8 @@
-"""Reads the benchmarks' own files, and scores answers to their questions."""
+"""Reads the benchmarks' own files, and scores answers to their questions.
+
+Source: the files of LLaVA (its `docs/Evaluation.md`) and of the benchmarks; scores as in `scoring` and `parsing`, each
+with its paper or original code.
+"""
 
 import base64
 import binascii
@@ -45,7 +49,15 @@ class Question:
     options: dict[str, str] | None = None
 
     def open_image(self) -> Image.Image | None:
-        """The image in RGB; `ValueError` if it is none."""
+        """
+        Opens the image and converts it to RGB.
+
+        Returns:
+            `PIL.Image.Image`, *optional*: `None` for a question without an image.
+
+        Raises:
+            ValueError: if the image cannot be read.
+        """
         if self.image is None:
             return None
         try:
@@ -56,7 +68,20 @@ class Question:
 
 
 def read_textvqa(questions: Path, annotations: Path, images: Path) -> list[Question]:
-    """LLaVA's question file (`.jsonl`), and `TextVQA_0.5.1_val.json`; all readers return the questions in order."""
+    """
+    Reads questions and annotators' answers of TextVQA.
+
+    Args:
+        questions (`Path`): LLaVA's question file, a `.jsonl`.
+        annotations (`Path`): `TextVQA_0.5.1_val.json`, with the answers.
+        images (`Path`): Folder of the images; they are not opened.
+
+    Returns:
+        `list[Question]`: in the order of the question file.
+
+    Raises:
+        ValueError: if a file is malformed, or if the annotations lack a question.
+    """
     answers = {}
     for number, item in enumerate(_get(read_json(annotations), "data", list, str(annotations))):
         where = f"{annotations}, entry {number} of `data`,"
@@ -77,7 +102,19 @@ def read_textvqa(questions: Path, annotations: Path, images: Path) -> list[Quest
 
 
 def read_pope(questions: Path, annotations: Path, images: Path) -> list[Question]:
-    """LLaVA's question file (`.jsonl`, with the category), and the folder of `coco_pope_CATEGORY.json`."""
+    """
+    Reads POPE; the other arguments are as in [`read_textvqa`].
+
+    Args:
+        questions (`Path`): LLaVA's question file, a `.jsonl` with the category.
+        annotations (`Path`): Folder of `coco_pope_CATEGORY.json`, with the labels.
+
+    Returns:
+        `list[Question]`: in the order of the question file.
+
+    Raises:
+        ValueError: if a file is malformed, or if the annotations lack a question.
+    """
     labels: dict[str, dict[tuple[str, str], str]] = {}
     read = []
     for where, item in read_json_lines(questions):
@@ -100,9 +137,19 @@ def _read_labels(path: Path) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def read_scienceqa(questions: Path | None, annotations: Path, images: Path) -> list[Question]:
-    """The folder of `problems.json` and `pid_splits.json`, and LLaVA's `llava_test_CQM-A.json`, if there is one.
+    """
+    Reads ScienceQA; the other arguments are as in [`read_textvqa`].
 
-    Without LLaVA's file the test split is asked in the same format: context, question and choices by letter.
+    Args:
+        questions (`Path` or `None`): LLaVA's `llava_test_CQM-A.json`. Without it the test split is asked in the same
+            format: context, question and choices by letter.
+        annotations (`Path`): Folder of `problems.json` and, without LLaVA's file, `pid_splits.json`.
+
+    Returns:
+        `list[Question]`: in the order of LLaVA's file, or of the test split.
+
+    Raises:
+        ValueError: if a file is malformed, or if `problems.json` lacks a question.
     """
     path = annotations / "problems.json"
     problems = read_json(path)
@@ -143,7 +190,19 @@ def _llava_question(item: Any, where: str) -> tuple[str, str, str, str | None]:
 
 
 def read_mmbench(questions: Path, annotations: None = None, images: None = None) -> list[Question]:
-    """A `.tsv` with its images in base64. Rotations of a question for CircularEval have its index plus millions."""
+    """
+    Reads MMBench. Rotations of a question for CircularEval have its index plus millions.
+
+    Args:
+        questions (`Path`): A `.tsv` with its images in base64.
+        annotations, images (`None`, *optional*): Not used, as the `.tsv` has all.
+
+    Returns:
+        `list[Question]`: one for each row, in order.
+
+    Raises:
+        ValueError: if the file is malformed.
+    """
     read: list[Question] = []
     contents: dict[str, str] = {}
     for where, row in _read_table(questions):
@@ -199,7 +258,18 @@ def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def read_gqa(questions: Path, annotations: Path, images: Path) -> list[Question]:
-    """LLaVA's question file (`.jsonl`), and `testdev_balanced_questions.json`."""
+    """
+    Reads GQA; the other arguments are as in [`read_textvqa`].
+
+    Args:
+        annotations (`Path`): `testdev_balanced_questions.json`, with the answers.
+
+    Returns:
+        `list[Question]`: in the order of the question file.
+
+    Raises:
+        ValueError: if a file is malformed, or if the annotations lack a question.
+    """
     truths, read = read_json(annotations), []
     for where, item in read_json_lines(questions):
         id = _id(item, where)
@@ -210,12 +280,31 @@ def read_gqa(questions: Path, annotations: Path, images: Path) -> list[Question]
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file; `ValueError` with its name and the line if it is none."""
+    """
+    Reads a JSON file.
+
+    Args:
+        path (`str` or `os.PathLike`): A file in UTF-8.
+
+    Returns:
+        `Any`: its content.
+
+    Raises:
+        ValueError: if the file is no JSON, with its name and, where the syntax is wrong, the line.
+    """
     return _parse(Path(path).read_bytes(), str(path))
 
 
 def read_json_lines(path: str | os.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
-    """File with line, for messages, and content of every line that is not empty; `ValueError` as `read_json`."""
+    """
+    Reads a file with a JSON object on each line; its arguments are as in [`read_json`].
+
+    Yields:
+        `tuple[str, dict[str, Any]]`: file with line, for messages, and content of a line that is not empty.
+
+    Raises:
+        ValueError: if a line is no JSON object, with the file's name and the line.
+    """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -253,13 +342,28 @@ Scores = dict[str, float]
 
 
 def score_textvqa(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
-    """`accuracy`; all scorers take the answers to the first of the questions, one at least."""
+    """
+    Scores answers to TextVQA.
+
+    Args:
+        questions (`Sequence[Question]`): All of the run, as the benchmark's reader returns them.
+        answers (`Sequence[str]`): To the first of the questions, one at least.
+
+    Returns:
+        `dict[str, float]`: `accuracy`, the mean of `vqa_accuracy`.
+    """
     found = [vqa_accuracy(answer, question.truth) for question, answer in zip(questions, answers, strict=False)]
     return {"accuracy": sum(found) / len(found)}
 
 
 def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
-    """`binary_scores` of every category, and `F1`, their mean, which papers print as POPE's score."""
+    """
+    Scores answers to POPE; arguments are as in [`score_textvqa`].
+
+    Returns:
+        `dict[str, float]`: `F1`, the mean of the categories', which papers print as POPE's score; and `binary_scores`
+        of every category, such as `recall, popular`.
+    """
     categories: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for question, answer in zip(questions, answers, strict=False):
         categories[str(question.category)].append((parse_yes_no(answer), question.truth))
@@ -271,7 +375,13 @@ def score_pope(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
 
 
 def score_scienceqa(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
-    """`accuracy`, that of questions with an image, which papers print, and the share of unreadable answers."""
+    """
+    Scores answers to ScienceQA; arguments are as in [`score_textvqa`].
+
+    Returns:
+        `dict[str, float]`: `accuracy`; `accuracy, with image`, that of questions with an image, if there are any,
+        which papers print; and `unreadable`, the share of answers that tell no choice.
+    """
     rows = [
         (question.image is not None, parse_letter(answer, len(question.options or {})), question.truth)
         for question, answer in zip(questions, answers, strict=False)
@@ -284,8 +394,13 @@ def score_scienceqa(questions: Sequence[Question], answers: Sequence[str]) -> Sc
 
 
 def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
-    """`accuracy` of the rows that are no rotation, `CircularEval` of questions whose rotations were all asked, and by
-    category whichever of both is the last that there is; nothing if the file has no answers."""
+    """
+    Scores answers to MMBench; arguments are as in [`score_textvqa`].
+
+    Returns:
+        `dict[str, float]`: `accuracy` of the rows that are no rotation, `CircularEval` of questions whose rotations
+        were all asked, and by category whichever of both is the last that there is; nothing if the file lacks answers.
+    """
     if any(question.truth is None for question in questions):
         return {}
     rows = [
@@ -313,7 +428,12 @@ def score_mmbench(questions: Sequence[Question], answers: Sequence[str]) -> Scor
 
 
 def score_gqa(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
-    """`accuracy`."""
+    """
+    Scores answers to GQA; arguments are as in [`score_textvqa`].
+
+    Returns:
+        `dict[str, float]`: `accuracy`, the share of exact matches.
+    """
     found = [exact_match(answer, question.truth) for question, answer in zip(questions, answers, strict=False)]
     return {"accuracy": sum(found) / len(found)}
 
@@ -343,6 +463,14 @@ BENCHMARKS = {
 
 
 def find_missing_images(questions: Sequence[Question]) -> list[Path]:
-    """Image files that do not exist, each once, in order."""
+    """
+    Image files that do not exist.
+
+    Args:
+        questions (`Sequence[Question]`): Those whose image is a path are looked at.
+
+    Returns:
+        `list[Path]`: each file once, in order.
+    """
     paths = dict.fromkeys(question.image for question in questions if isinstance(question.image, Path))
     return [path for path in paths if not path.is_file()]

@@ -1,4 +1,7 @@
-"""The chat model of lmms-eval for all three families. Only lmms-eval imports this."""
+"""The chat model of lmms-eval for all three families. Only lmms-eval imports this.
+
+Source: the interface of lmms-eval 0.7.3, `lmms_eval.api.model.lmms`, and its own chat models.
+"""
 
 import json
 import re
@@ -67,7 +70,7 @@ class LlavaFamilyChat(lmms):
 
     Args:
         pretrained (`str`): Folder or Hub repository of a checkpoint.
-        batch_size (`int` or `str`, *optional*, defaults to 1): Requests that are answered together.
+        batch_size (`int` or `str`, *optional*, defaults to 1): Number of requests that are answered together.
         device (`str`, *optional*): By default the GPU where there is one; each process of several takes its own.
         dtype (`str`, *optional*, defaults to `"auto"`): Of the weights.
         decoding (`"task"` or `"paper"`, *optional*, defaults to `"task"`): See `task_settings`.
@@ -118,6 +121,9 @@ class LlavaFamilyChat(lmms):
 
         Returns:
             `list[str]`: one answer each, up to the first of the texts in `until`.
+
+        Raises:
+            ValueError: if a request has something else than text and images.
         """
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
@@ -146,6 +152,9 @@ class LlavaFamilyChat(lmms):
 
         Returns:
             `list[list[str]]`: the answers of all rounds, for each request.
+
+        Raises:
+            ValueError: if a request has something else than text and images.
         """
         results = []
         for request in tqdm(requests, disable=self.rank != 0, desc="Model Responding"):
@@ -166,7 +175,15 @@ class LlavaFamilyChat(lmms):
         return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Not supported, as by lmms-eval's own chat models."""
+        """
+        Not supported, as by lmms-eval's own chat models.
+
+        Args:
+            requests (`list[Instance]`): Not read.
+
+        Raises:
+            NotImplementedError: always.
+        """
         raise NotImplementedError("The models of llava-family generate; choose tasks of the type `generate_until`.")
 
     def _first_messages(self, request: Instance) -> list[dict[str, Any]]:

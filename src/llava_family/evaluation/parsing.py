@@ -66,7 +66,8 @@ def normalise_vqa_answer(answer: str) -> str:
         `str`: words with single spaces between them.
 
     Source: "Answer processing" of VQA's evaluation (visualqa.org/evaluation.html), with the first three steps of
-    TextVQA's `EvalAIAnswerProcessor` (facebookresearch/mmf), by which the papers' scores were made.
+    TextVQA's `EvalAIAnswerProcessor` (facebookresearch/mmf; lmms-eval has a copy), by which the papers' scores were
+    made.
     """
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     before = text = text.replace("\n", " ").replace("\t", " ").strip()

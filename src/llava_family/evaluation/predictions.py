@@ -1,4 +1,7 @@
-"""A file of answers that grows while a model gives them, so that an interrupted run goes on where it stopped."""
+"""A file of answers that grows while a model gives them, so that an interrupted run goes on where it stopped.
+
+Source: the keys of LLaVA's answer files; no counterpart for going on, as LLaVA's scripts write theirs anew.
+"""
 
 import json
 from pathlib import Path
@@ -18,10 +21,11 @@ class PredictionFile:
         settings (`dict[str, Any]`): What the answers depend on, as JSON has it.
 
     Attributes:
+        ids (`list[str]`): Of the questions that the file has answers to.
         answers (`list[str]`): What the file has.
 
     Raises:
-        ValueError: if the file was written with other settings, or by something else.
+        ValueError: if the file was written with other settings, or by something else, or if its folder does not exist.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -78,7 +82,14 @@ class PredictionFile:
         self._file.close()
 
     def add(self, id: str, prompt: str, answer: str) -> None:
-        """Appends one answer to the file, at once."""
+        """
+        Appends one answer to the file, at once.
+
+        Args:
+            id (`str`): That of the question.
+            prompt (`str`): What the model was asked.
+            answer (`str`): What it wrote.
+        """
         self.ids.append(id)
         self.answers.append(answer)
         self._write({"question_id": id, "prompt": prompt, "text": answer})

@@ -1,6 +1,8 @@
 """Scores of the papers, in percent, by the names that `files` gives to its own. Nobody has measured them here.
 
 LLaVA-MoLE has none: its paper evaluates on other benchmarks.
+
+Source: tables 3 and 4 of MoE-LLaVA (arXiv 2401.15947), and for LLaVA-UHD what `Published.source` says.
 """
 
 from collections.abc import Mapping

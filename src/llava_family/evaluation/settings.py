@@ -1,4 +1,7 @@
-"""How each paper's code asks and decodes, by family and benchmark, with the source of every entry."""
+"""How each paper's code asks and decodes, by family and benchmark, with the source of every entry.
+
+Source: the released evaluation code of each family, named in `GenerationSettings.source`; the papers do not tell.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,11 +42,24 @@ class GenerationSettings:
     image_settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def prompt(self, question: str) -> str:
-        """The user's message."""
+        """
+        The user's message: the question with the text around it.
+
+        Args:
+            question (`str`): As the benchmark's file has it.
+
+        Returns:
+            `str`: what to ask the model.
+        """
         return self.prefix + question + self.suffix
 
     def generate_arguments(self) -> dict[str, Any]:
-        """Arguments of `generate`; a checkpoint's own settings, some of which sample, do not count."""
+        """
+        Arguments of `generate`; a checkpoint's own settings, some of which sample, do not count.
+
+        Returns:
+            `dict[str, Any]`: these settings, without sampling.
+        """
         return {
             "do_sample": False,
             "temperature": None,
@@ -77,6 +93,7 @@ def _mole(suffix: str = "") -> GenerationSettings:
     )
 
 
+# By `model_type`, then by benchmark
 SETTINGS: Mapping[str, Mapping[str, GenerationSettings]] = {
     "llava_uhd": {
         "textvqa": _uhd("model_vqa_loader.py", True, num_beams=3),
