@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlavaConfig, LlavaNextConfig
 
-from llava_family.inspection.flops import VICUNA, FlopReport, count_flops
+from llava_family.inspection.flops import VICUNA, FlopReport, count_flops, count_layerwise, image_inputs
 from llava_family.llava_uhd.configuration_llava_uhd import LlavaUhdConfig
 
 
@@ -54,16 +54,20 @@ def llava_uhd_config(text_model: str, resampler_type: str, **vision_options) -> 
     )
 
 
+def count(config: LlavaConfig | LlavaNextConfig | LlavaUhdConfig, width: int, height: int) -> FlopReport:
+    return count_layerwise(config, image_inputs(config, width, height))
+
+
 def measure(text_model: str, sizes: tuple[tuple[int, int], ...]) -> Iterator[Row]:
     """Rows of LLaVA-1.5, which resizes every image to one view, and of the others on every image of `sizes`."""
-    baseline = count_flops(llava_config(text_model), *BASELINE_SIZE)
+    baseline = count(llava_config(text_model), *BASELINE_SIZE)
     yield Row(text_model, "LLaVA-1.5", *BASELINE_SIZE, baseline, 1.0, None)
     uhd_configs = [llava_uhd_config(text_model, resampler_type) for resampler_type in ("perceiver", "spatial")]
     for size in sizes:
-        llava_next = count_flops(llava_next_config(text_model), *size)
+        llava_next = count(llava_next_config(text_model), *size)
         yield Row(text_model, "LLaVA-NeXT", *size, llava_next, llava_next.total / baseline.total, 1.0)
         for config in uhd_configs:
-            report = count_flops(config, *size)
+            report = count(config, *size)
             name = f"LLaVA-UHD {config.resampler_type}/{config.num_queries}"
             ratios = (report.total / baseline.total, report.total / llava_next.total)
             yield Row(text_model, name, *size, report, *ratios)
@@ -75,13 +79,14 @@ def paper_claim() -> dict[str, float]:
     `as_implemented` leaves the last CLIP layer out of LLaVA-UHD, whose output is used nowhere, while in-tree LLaVA-1.5
     runs it. `all_vision_layers` runs it in both. `spatial` is the released resampler in place of the paper's.
     """
-    baseline = count_flops(llava_config(PAPER_TEXT_MODEL), *BASELINE_SIZE).total
-    configs = {
-        "as_implemented": llava_uhd_config(PAPER_TEXT_MODEL, PAPER_RESAMPLER),
-        "all_vision_layers": llava_uhd_config(PAPER_TEXT_MODEL, PAPER_RESAMPLER, vision_feature_layer=-1),
-        "spatial": llava_uhd_config(PAPER_TEXT_MODEL, "spatial"),
+    baseline = count(llava_config(PAPER_TEXT_MODEL), *BASELINE_SIZE).total
+    all_layers = llava_uhd_config(PAPER_TEXT_MODEL, PAPER_RESAMPLER, vision_feature_layer=-1)
+    reports = {
+        "as_implemented": count(llava_uhd_config(PAPER_TEXT_MODEL, PAPER_RESAMPLER), *PAPER_SIZE),
+        "all_vision_layers": count_flops(all_layers, *PAPER_SIZE),
+        "spatial": count(llava_uhd_config(PAPER_TEXT_MODEL, "spatial"), *PAPER_SIZE),
     }
-    return {name: count_flops(config, *PAPER_SIZE).total / baseline for name, config in configs.items()}
+    return {name: report.total / baseline for name, report in reports.items()}
 
 
 def to_table(text_model: str, rows: list[Row]) -> Table:

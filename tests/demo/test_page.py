@@ -135,7 +135,8 @@ def test_stop_and_narrow_window():
         page.get_by_label("number input for Longest answer, in tokens").fill("1024")
         page.get_by_label("number input for Temperature").fill("1.5")
         ask(page, "What is this?", "skill_0.png")
-        page.wait_for_function("document.querySelector('#conversation .bot.message')?.innerText.length > 10")
+        # More than "Loading content", which stands there before the first word
+        page.wait_for_function("document.querySelector('#conversation .bot.message')?.innerText.length > 30")
         page.get_by_label("Stop").click()
         page.get_by_label("Submit").wait_for()
         answer = page.locator("#conversation .bot.message").inner_text()

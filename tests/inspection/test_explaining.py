@@ -55,8 +55,10 @@ def size_of(cell):
     return None if cell == "–" else tuple(int(side) for side in cell.split("×"))
 
 
-def test_sizes_are_those_of_the_readme():
-    rows = [line.strip("| \n").split(" | ") for line in (ROOT / "README.md").read_text("utf-8").splitlines()]
+def test_sizes_are_those_of_the_documentation():
+    rows = [
+        line.strip("| \n").split(" | ") for line in (ROOT / "docs" / "llava_uhd.md").read_text("utf-8").splitlines()
+    ]
     rows = [row for row in rows if len(row) == 6 and re.fullmatch(r"\d+×\d+", row[0])]
     assert len(rows) >= 8
     for image, grid, slice_size, overview, views, tokens in rows:

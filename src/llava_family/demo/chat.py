@@ -74,19 +74,20 @@ class Chat:
             self.stop()  # one whose user has left may still be at its last token
             inputs = prepare_inputs(self.model, self.processor, messages)
             config = decoding_config(self.model, max_new_tokens, temperature)
-            self._generation = _Generation(self.model, self.processor, self.recorder, inputs, config)
+            generation = _Generation(self.model, self.processor, self.recorder, inputs, config)
+            self._generation = generation
             try:
                 # Views are drawn while the model reads them; those of images that were there before are on the page.
                 views = views_panel(images, self.processor) if _images_of(messages[-1]) else None
                 yield Update("", views, ROUTING_PENDING if self.recorder else None)
                 text = ""
-                for piece in self._generation.pieces():
+                for piece in generation.pieces():
                     text += piece
                     yield Update(text.strip())
                 if self.recorder is not None:
                     yield Update(text.strip(), routing=routing_panel(images, self.recorder))
             finally:
-                self._generation.stopped.set()
+                generation.stopped.set()
 
     def stop(self) -> None:
         """Ends a generation that runs, at its next token, and forgets it and its recording."""

@@ -72,8 +72,10 @@ def build_page(chat: Chat, model_name: str) -> gr.Blocks:
         yield from answer_question(chat, *inputs)
 
     # Uploaded files are deleted within an hour after their day is over, and when the server ends.
-    files = {"delete_cache": (3600, 24 * 3600)}
-    with gr.Blocks(title=f"{title}: {model_name}", analytics_enabled=False, fill_width=True, **files) as page:
+    delete_cache = (3600, 24 * 3600)
+    with gr.Blocks(
+        title=f"{title}: {model_name}", analytics_enabled=False, fill_width=True, delete_cache=delete_cache
+    ) as page:
         gr.Markdown(f"# {title}\nAdd one or several images and ask about them.\n\nModel: `{model_name}`")
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=340, elem_classes="left"):

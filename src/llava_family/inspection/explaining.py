@@ -35,10 +35,7 @@ TEXT_MODELS = ("7B", "13B")
 PERCEIVER_QUERIES = 64
 BASELINE = "LLaVA-1.5"
 COMMA, NEWLINE = ",", "↵"
-NOTE = (
-    "TFLOPs: prefill of the image alone, with dense Vicuna 1.5 text models of 7B and 13B; "
-    f"ratio: to {BASELINE}."
-)
+NOTE = f"TFLOPs: prefill of the image alone, with dense Vicuna 1.5 text models of 7B and 13B; ratio: to {BASELINE}."
 
 
 @dataclass(frozen=True)
