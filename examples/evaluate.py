@@ -19,11 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging
 
-from llava_family.evaluation.answering import answer_batch, family_of, load, user_message
+from llava_family.evaluation.answering import answer_batch, family_of, load
 from llava_family.evaluation.files import BENCHMARKS, Question, find_missing_images
 from llava_family.evaluation.predictions import PredictionFile
 from llava_family.evaluation.published import PUBLISHED
 from llava_family.evaluation.settings import GenerationSettings, settings_for
+from llava_family.generating import user_message
 
 
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:

@@ -243,10 +243,10 @@ def _stream_answer(
 ) -> None:
     from transformers import TextStreamer
 
-    from .generating import decoding_config, prepare_inputs
+    from .generating import decoding_config, prepare_inputs, user_message
 
     model, processor = _load(model_name, vision_tower, dtype, device)
-    inputs = prepare_inputs(model, processor, _question(prompt, images))
+    inputs = prepare_inputs(model, processor, user_message(prompt, images))
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     config = decoding_config(model, max_new_tokens, temperature)
     model.generate(**inputs, generation_config=config, streamer=streamer)
@@ -282,14 +282,14 @@ def _report_routing(
     from rich.console import Console
     from transformers.image_utils import load_image
 
-    from .generating import decoding_config, prepare_inputs
+    from .generating import decoding_config, prepare_inputs, user_message
     from .inspection.routing import RoutingRecorder
     from .inspection.routing_report import routing_table, write_routing_report
 
     images = [load_image(image) for image in images]  # the report shows them, so URLs are fetched here
     model, processor = _load(model_name, vision_tower, dtype, device)
     recorder = RoutingRecorder(model, processor)
-    inputs = prepare_inputs(model, processor, _question(prompt, images))
+    inputs = prepare_inputs(model, processor, user_message(prompt, images))
     with recorder:
         generated = model.generate(**inputs, generation_config=decoding_config(model, max_new_tokens, 0.0))
     answer = processor.tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -326,11 +326,6 @@ def _original_arguments(model_name: str, vision_tower: str | None) -> dict[str, 
         return {}
     config_dict, _ = PreTrainedConfig.get_config_dict(model_name)
     return {"mm_image_tower" if "mm_image_tower" in config_dict else "mm_vision_tower": vision_tower}
-
-
-def _question(prompt: str, images: list) -> list[dict[str, Any]]:
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
-    return [{"role": "user", "content": content}]
 
 
 def main() -> None:

@@ -4,7 +4,22 @@ Source: transformers' chat templates and `GenerationConfig`.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
+
+
+def user_message(text: str, images: Sequence[Any]) -> list[dict[str, Any]]:
+    """A conversation of one message, images first.
+
+    Args:
+        text (`str`): The prompt.
+        images (`Sequence`): What the prompt is about, of any kind that processors take; may be empty.
+
+    Returns:
+        `list[dict[str, Any]]`: the user's message in the format of `apply_chat_template`.
+    """
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+    return [{"role": "user", "content": content}]
 
 
 def prepare_inputs(model: Any, processor: Any, messages: list[dict[str, Any]]) -> Any:
@@ -46,4 +61,4 @@ def decoding_config(model: Any, max_new_tokens: int, temperature: float) -> Any:
     return config
 
 
-__all__ = ["decoding_config", "prepare_inputs"]
+__all__ = ["decoding_config", "prepare_inputs", "user_message"]

@@ -20,6 +20,7 @@ HOSTS = {
     "keepachangelog.com",
     "pytorch.org",
     "semver.org",
+    "visualqa.org",
 }
 # What a browser fetches by itself, as against links, which a reader follows.
 FETCHED = {"src", "srcset", "poster", "data"}

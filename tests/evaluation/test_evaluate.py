@@ -11,6 +11,7 @@ from PIL import Image
 from llava_family.evaluation import answering, settings_for
 from llava_family.evaluation.files import BENCHMARKS, find_missing_images
 from llava_family.evaluation.predictions import PredictionFile
+from llava_family.generating import user_message
 
 
 ROOT = Path(__file__).parents[2]
@@ -264,8 +265,7 @@ def test_batches_give_the_same_answers():
     settings = settings_for("llava_uhd", "pope")
     questions = BENCHMARKS["scienceqa"].read(*paths_of("scienceqa")) + BENCHMARKS["gqa"].read(*paths_of("gqa"))
     conversations = [
-        answering.user_message(question.text, [question.open_image()] if question.image else [])
-        for question in questions
+        user_message(question.text, [question.open_image()] if question.image else []) for question in questions
     ]
     processor.tokenizer.padding_side = "left"
     together = answering.answer_batch(model, processor, conversations, settings, max_new_tokens=8)
@@ -297,7 +297,7 @@ def test_the_papers_settings_reach_the_model(monkeypatch):
         return type(model).generate(model, **arguments)
 
     monkeypatch.setattr(model, "generate", generate)
-    conversation = answering.user_message("What number is written?", [Image.open(PICTURES / "elongated_0.png")])
+    conversation = user_message("What number is written?", [Image.open(PICTURES / "elongated_0.png")])
     for benchmark, num_beams, max_new_tokens in (("textvqa", 3, 128), ("mmbench", 1, 1024)):
         settings = settings_for("llava_uhd", benchmark)
         answering.answer_batch(model, processor, [conversation], settings, max_new_tokens=3)
@@ -305,7 +305,7 @@ def test_the_papers_settings_reach_the_model(monkeypatch):
         assert settings.max_new_tokens == max_new_tokens
         assert given["do_sample"] is False and given["temperature"] is None and given["repetition_penalty"] == 1.0
     # 64×64 pixels are one view, but 1024×1024 are seven with the overview.
-    square = answering.user_message("?", [Image.open(PICTURES / "skill_0.png")])
+    square = user_message("?", [Image.open(PICTURES / "skill_0.png")])
     grids = []
     for benchmark in ("textvqa", "mmbench"):
         answering.answer_batch(model, processor, [square], settings_for("llava_uhd", benchmark), max_new_tokens=1)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import llava_family  # noqa: F401  registers the families
@@ -57,21 +56,6 @@ def load(model_name: str, dtype: str = "auto", device: str | None = None) -> tup
     processor.tokenizer.padding_side = "left"
     model.generation_config.max_length = None  # `max_new_tokens` counts
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
-
-
-def user_message(text: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """
-    A conversation of one message, images first.
-
-    Args:
-        text (`str`): The prompt.
-        images (`Sequence[PIL.Image.Image]`): What the prompt is about; may be empty.
-
-    Returns:
-        `list[dict[str, Any]]`: the user's message in the format of `apply_chat_template`.
-    """
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
-    return [{"role": "user", "content": content}]
 
 
 @torch.inference_mode()
