@@ -106,8 +106,9 @@ def _fit(figure: "Figure", description: str) -> str:
     width, height = figure.get_size_inches()
     if width > PANEL_INCHES:
         # Letters are not scaled, so titles and labels of several rows need more of the height.
-        extra = 0.5 * (figure.axes[0].get_gridspec().nrows - 1)
-        figure.set_size_inches(PANEL_INCHES, max(height * PANEL_INCHES / width, 1.6) + extra)
+        grid = figure.axes[0].get_gridspec()
+        more = 0.5 * (grid.nrows - 1) if grid else 0
+        figure.set_size_inches(PANEL_INCHES, max(height * PANEL_INCHES / width, 1.6) + more)
     return embed_figure(figure, description)
 
 
