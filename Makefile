@@ -7,6 +7,8 @@ PYTEST := $(PY) -m pytest -q
 GRADIO := brotli gradio gradio_client groovy hf-gradio orjson pydub python-multipart pytz safehttpx semantic-version tomlkit
 
 export HF_HUB_OFFLINE := 1
+# pip would compile every file of every package, for a minute and more. What is imported is compiled then.
+export PIP_NO_COMPILE := 1
 
 .PHONY: demo docs test test-all check fuzz lint test-transformers conformance coverage mutate bench clean
 

@@ -95,8 +95,11 @@ def clear_caches():
 
 def test_caches_are_bounded():
     caches = package_caches()
-    assert set(caches) == {"region_sampling_weights", "shares_beyond_map"}
-    for cache in caches.values():  # both by a view's grid
+    by_grid, by_model_and_size = {"region_sampling_weights", "shares_beyond_map"}, {"_count_sliced", "_count_square"}
+    by_model_and_size.add("_count_in_tree")  # counts of FLOPs, a few numbers each
+    assert set(caches) == by_grid | by_model_and_size
+    assert all(caches[name].cache_parameters()["maxsize"] == 256 for name in by_model_and_size)
+    for cache in map(caches.get, by_grid):
         size = cache.cache_parameters()["maxsize"]
         for columns in range(1, size + 50):
             cache((1, columns), 2, torch.float32)
