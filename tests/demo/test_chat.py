@@ -15,10 +15,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from llava_family import cli
+from llava_family.demo import panels
 from llava_family.demo.chat import Chat, read_image
 from llava_family.demo.page import add_question, answer_question, check_port, drop_answer, read_conversation
 from llava_family.demo.panels import ROUTING_EMPTY, ROUTING_PENDING, VIEWS_EMPTY
 from llava_family.generating import decoding_config
+from llava_family.inspection.routing_plots import plot_image_routing
 
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +116,18 @@ def test_panels(chats, group):
     later = ask(chats[group], user(RED, *names), assistant("5"), user("And now?"))
     assert all(update.views is None for update in later)
     assert len(pictures_in(later[-1].routing)) == 3
+
+
+def test_maps_are_those_of_their_images(chats, monkeypatch):
+    drawn, names = [], [item["image"] for item in QUESTIONS["moe"][:2]]
+
+    def plot(image, recorder, image_index):
+        drawn.append((image, image_index))
+        return plot_image_routing(image, recorder, image_index)
+
+    monkeypatch.setattr(panels, "plot_image_routing", plot)
+    ask(chats["moe"], user(RED, *names))
+    assert drawn == [(Image.open(PICTURES / name).convert("RGB"), index) for index, name in enumerate(names)]
 
 
 def test_text_alone(chats):

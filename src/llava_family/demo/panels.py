@@ -48,8 +48,6 @@ def views_panel(images: Sequence[Image.Image], processor: Any) -> str:
     Returns:
         `str`: HTML.
     """
-    if not images:
-        return VIEWS_EMPTY
     is_sliced = getattr(processor.image_processor, "vision_encoding", "slices") == "slices"
     if is_sliced:
         note = "Slices in the order in which they are read, the separator behind each, and the overview last."
