@@ -108,8 +108,8 @@ def draw_square(
 def _two_panels(image: Image.Image) -> tuple["Figure", Any]:
     aspect = image.width / image.height
     beside = aspect < 2  # an elongated image has its other view below
-    # Panels are 3.9 inches wide beside each other, 9 below each other; titles, labels and legend need the rest.
-    figure = _figure((9.0, min(1.6 + 3.9 / aspect, 7.4)) if beside else (11.0, min(3.4 + 2 * 9.0 / aspect, 7.4)))
+    # Panels are 3.9 inches wide beside each other, 7 below each other; titles, labels and legend need the rest.
+    figure = _figure((9.0, min(1.6 + 3.9 / aspect, 7.4)) if beside else (8.4, min(3.2 + 2 * 7.0 / aspect, 7.0)))
     return figure, figure.subplots(1, 2) if beside else figure.subplots(2, 1)
 
 
