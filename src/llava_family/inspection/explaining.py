@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..llava_uhd.image_processing_pil_llava_uhd import LlavaUhdImageProcessorPil
 from ..llava_uhd.slicing_llava_uhd import SlicePlan
+from .routing_plots import square_view
 from .slicing_plots import draw_slices, draw_square
 
 
@@ -312,7 +313,7 @@ def explain_with_processor(processor: Any, image: Any, prompt: str | None = None
     if encoding == "slices":
         plan = image_processor.slice_plan(*opened.size, **images_kwargs)
     else:
-        view = _square_view(opened, image_processor, images_kwargs)
+        view = square_view(opened, image_processor, **images_kwargs)
         tokens_per_view = processor.num_image_tokens - num_boundaries
     layout = None if prompt is None else _prompt_layout(processor, opened, prompt, kwargs)
     name = next(
@@ -356,13 +357,6 @@ def open_one_image(image: Any, image_processor: Any = None) -> Image.Image:
 def _num_boundaries(processor: Any) -> int:
     unsliced = processor.replace_image_token({"image_grids": np.array([[[0, 0], [0, 0], [1, 1]]])}, 0)
     return unsliced.count(processor.image_token) - processor.num_queries
-
-
-def _square_view(image: Image.Image, image_processor: Any, images_kwargs: dict[str, Any]) -> Image.Image:
-    """What the vision tower sees, as grey levels."""
-    settings = {**images_kwargs, "do_rescale": False, "do_normalize": False, "return_tensors": "np"}
-    pixels = np.asarray(image_processor(images=[image], **settings)["pixel_values"])[0]
-    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def _prompt_layout(processor: Any, image: Image.Image, question: str, kwargs: dict[str, Any]) -> str:

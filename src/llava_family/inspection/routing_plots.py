@@ -413,12 +413,13 @@ def _image_processor(recorder: RoutingRecorder) -> Any:
     return getattr(recorder.processor, "image_processor", recorder.processor)
 
 
-def square_view(image: Image.Image, image_processor: Any = None) -> Image.Image:
-    """What the vision tower sees of an image under the vision encoding `"square"`, in colours again.
+def square_view(image: Image.Image, image_processor: Any = None, **settings: Any) -> Image.Image:
+    """What the vision tower sees of an image under the vision encoding `"square"`, in colours.
 
     Args:
         image (`PIL.Image.Image`): The image.
         image_processor (`BaseImageProcessor`, *optional*): The model's; without it the image on a grey square.
+        settings: Of the image processor, as in a call of it.
 
     Returns:
         `PIL.Image.Image`: RGB, of the size of the vision tower's input.
@@ -426,10 +427,9 @@ def square_view(image: Image.Image, image_processor: Any = None) -> Image.Image:
     if image_processor is None:
         side = max(image.size)
         return ImageOps.pad(image.convert("RGB"), (side, side), color=(127, 127, 127))
-    pixels = np.asarray(image_processor(images=[image], return_tensors="np")["pixel_values"][0])
-    mean, std = (np.reshape(values, (-1, 1, 1)) for values in (image_processor.image_mean, image_processor.image_std))
-    colors = ((pixels * std + mean) * 255).round().clip(0, 255).astype(np.uint8)
-    return Image.fromarray(colors.transpose(1, 2, 0))
+    settings |= {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+    pixels = np.asarray(image_processor(images=[image], **settings)["pixel_values"])[0]
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def _draw_expert_map(axes: "Axes", background: Any, experts: np.ndarray) -> None:
