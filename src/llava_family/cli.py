@@ -135,9 +135,10 @@ def demo(
             raise ValueError("The demo needs gradio and matplotlib: `pip install 'llava-family[demo]'`.")
         from .demo.chat import Chat
         from .demo.page import build_page, check_port, serve
+        from .generating import load_model
 
         port = check_port(host, port)
-        chat = Chat(*_load(model, vision_tower, dtype, device))
+        chat = Chat(*load_model(model, vision_tower, dtype, device))
         serve(build_page(chat, model), chat, host, port, report=typer.echo)
 
 
@@ -243,9 +244,9 @@ def _stream_answer(
 ) -> None:
     from transformers import TextStreamer
 
-    from .generating import decoding_config, prepare_inputs, user_message
+    from .generating import decoding_config, load_model, prepare_inputs, user_message
 
-    model, processor = _load(model_name, vision_tower, dtype, device)
+    model, processor = load_model(model_name, vision_tower, dtype, device)
     inputs = prepare_inputs(model, processor, user_message(prompt, images))
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     config = decoding_config(model, max_new_tokens, temperature)
@@ -255,12 +256,13 @@ def _stream_answer(
 def _explain(image: Any, model_name: str | None, output: Path | None, vision_tower: str | None) -> None:
     from rich.console import Console
 
+    from .generating import load_processor
     from .inspection.explaining import explain_image
 
     if model_name is None:
         explanation = explain_image(image)
     else:
-        explanation = _load_processor(model_name, vision_tower).explain(image)
+        explanation = load_processor(model_name, vision_tower).explain(image)
     console = Console(highlight=False)
     console.print(explanation)
     if output:
@@ -282,12 +284,12 @@ def _report_routing(
     from rich.console import Console
     from transformers.image_utils import load_image
 
-    from .generating import decoding_config, prepare_inputs, user_message
+    from .generating import decoding_config, load_model, prepare_inputs, user_message
     from .inspection.routing import RoutingRecorder
     from .inspection.routing_report import routing_table, write_routing_report
 
     images = [load_image(image) for image in images]  # the report shows them, so URLs are fetched here
-    model, processor = _load(model_name, vision_tower, dtype, device)
+    model, processor = load_model(model_name, vision_tower, dtype, device)
     recorder = RoutingRecorder(model, processor)
     inputs = prepare_inputs(model, processor, user_message(prompt, images))
     with recorder:
@@ -299,33 +301,6 @@ def _report_routing(
     console.print(answer, markup=False, highlight=False)
     console.print(routing_table(recorder))
     console.print(f"Wrote {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _load(model_name: str, vision_tower: str | None, dtype: str, device: str | None) -> tuple[Any, Any]:
-    """Model, on its device, and processor of a checkpoint, converted or original."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    original = _original_arguments(model_name, vision_tower)
-    model = AutoModelForImageTextToText.from_pretrained(model_name, dtype=dtype, **original)
-    processor = _load_processor(model_name, vision_tower)
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
-
-
-def _load_processor(model_name: str, vision_tower: str | None) -> Any:
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(model_name, **_original_arguments(model_name, vision_tower))
-
-
-def _original_arguments(model_name: str, vision_tower: str | None) -> dict[str, str]:
-    """The originals of the families name their vision tower differently."""
-    from transformers import PreTrainedConfig
-
-    if not vision_tower:
-        return {}
-    config_dict, _ = PreTrainedConfig.get_config_dict(model_name)
-    return {"mm_image_tower" if "mm_image_tower" in config_dict else "mm_vision_tower": vision_tower}
 
 
 def main() -> None:

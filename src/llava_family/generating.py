@@ -1,11 +1,55 @@
-"""What commands that let a model answer have in common: a conversation's inputs, and how they are decoded.
+"""What all that lets a model answer has in common: loading, a conversation's inputs, and how they are decoded.
 
-Source: transformers' chat templates and `GenerationConfig`.
+Source: transformers' Auto classes, chat templates and `GenerationConfig`.
 """
 
 import copy
 from collections.abc import Sequence
 from typing import Any
+
+
+def load_model(
+    model_name: str, vision_tower: str | None = None, dtype: str = "auto", device: str | None = None
+) -> tuple[Any, Any]:
+    """Loads a checkpoint, converted or original.
+
+    Args:
+        model_name (`str`): Folder or Hub repository.
+        vision_tower (`str`, *optional*): The vision tower's checkpoint, for an original one that does not say it.
+        dtype (`str`, *optional*, defaults to `"auto"`): Of the weights; `"auto"` is that of the files.
+        device (`str`, *optional*): By default the GPU where there is one.
+
+    Returns:
+        `tuple`: model, in evaluation mode on its device, and processor.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    original = _original_arguments(model_name, vision_tower)
+    model = AutoModelForImageTextToText.from_pretrained(model_name, dtype=dtype, **original)
+    processor = load_processor(model_name, vision_tower)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+
+
+def load_processor(model_name: str, vision_tower: str | None = None) -> Any:
+    """Loads a checkpoint's processor; arguments are as in [`load_model`].
+
+    Returns:
+        `ProcessorMixin`: The processor.
+    """
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(model_name, **_original_arguments(model_name, vision_tower))
+
+
+def _original_arguments(model_name: str, vision_tower: str | None) -> dict[str, str]:
+    """The originals of the families name their vision tower differently."""
+    from transformers import PreTrainedConfig
+
+    if not vision_tower:
+        return {}
+    config_dict, _ = PreTrainedConfig.get_config_dict(model_name)
+    return {"mm_image_tower" if "mm_image_tower" in config_dict else "mm_vision_tower": vision_tower}
 
 
 def user_message(text: str, images: Sequence[Any]) -> list[dict[str, Any]]:
@@ -61,4 +105,4 @@ def decoding_config(model: Any, max_new_tokens: int, temperature: float) -> Any:
     return config
 
 
-__all__ = ["decoding_config", "prepare_inputs", "user_message"]
+__all__ = ["decoding_config", "load_model", "load_processor", "prepare_inputs", "user_message"]

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig
 
-import llava_family  # noqa: F401  registers the families
-
+from ..generating import load_model
 from .settings import SETTINGS, GenerationSettings
 
 
@@ -51,11 +50,10 @@ def load(model_name: str, dtype: str = "auto", device: str | None = None) -> tup
         ValueError: if the checkpoint is of another type.
     """
     family_of(model_name)
-    model = AutoModelForImageTextToText.from_pretrained(model_name, dtype=dtype)
-    processor = AutoProcessor.from_pretrained(model_name)
+    model, processor = load_model(model_name, dtype=dtype, device=device)
     processor.tokenizer.padding_side = "left"
     model.generation_config.max_length = None  # `max_new_tokens` counts
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), processor
+    return model, processor
 
 
 @torch.inference_mode()
