@@ -20,7 +20,6 @@ CHECKPOINTS = ROOT / "examples" / "miniature" / "checkpoints"
 PICTURES = ROOT / "examples" / "images" / "miniature"
 QUESTIONS = json.loads((PICTURES / "questions.json").read_text("utf-8"))
 UHD = ROOT / "tests" / "fixtures" / "llava_uhd"
-RANDOM = ["--model", str(UHD / "original_checkpoint"), "--vision-tower", str(UHD / "clip_vision_tower")]
 ARGUMENTS = [
     "--headless",
     "--no-sandbox",
@@ -128,9 +127,20 @@ def test_routing():
         wait_for_picture(page, "Image 2 as the square view")
 
 
-def test_stop_and_narrow_window():
-    """An original checkpoint of random weights, which would go on for a thousand tokens."""
-    with opened([*RANDOM, "--dtype", "float32"], width=400) as page:
+@pytest.fixture
+def endless_checkpoint(tmp_path):
+    """An original checkpoint of random weights that never says the token that ends an answer."""
+    folder = shutil.copytree(UHD / "original_checkpoint", tmp_path / "endless")
+    file = folder / "generation_config.json"
+    config = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**config, "suppress_tokens": [config["eos_token_id"]]}), "utf-8")
+    return folder
+
+
+def test_stop_and_narrow_window(endless_checkpoint):
+    """An answer that would go on for a thousand tokens, and does not."""
+    arguments = ["--model", str(endless_checkpoint), "--vision-tower", str(UHD / "clip_vision_tower")]
+    with opened([*arguments, "--dtype", "float32"], width=400) as page:
         page.get_by_text("Decoding").click()
         page.get_by_label("number input for Longest answer, in tokens").fill("1024")
         page.get_by_label("number input for Temperature").fill("1.5")
