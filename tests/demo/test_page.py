@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,14 @@ def wait_for_picture(page, name):
     assert picture.first.evaluate("image => image.naturalWidth") > 60
 
 
+def luminance(element, name):
+    """Relative luminance of a color of CSS, by WCAG 2.2: 0 for black, 1 for white."""
+    color = element.evaluate(f"element => getComputedStyle(element).getPropertyValue('{name}')")
+    channels = [int(channel) / 255 for channel in re.fullmatch(r"rgb\((\d+), (\d+), (\d+)\)", color).groups()]
+    linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in channels]
+    return sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
 def keep(page, name):
     if os.environ.get("DEMO_PICTURES") == "1":
         page.wait_for_timeout(800)
@@ -155,11 +164,24 @@ def test_stop_and_narrow_window(endless_checkpoint):
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
-@pytest.mark.skipif(os.environ.get("DEMO_PICTURES") != "1", reason="draws a picture for docs/demo.md")
-def test_routing_of_lora_experts():
+def test_routing_of_lora_experts_by_day_and_night():
     (item, *_) = QUESTIONS["mole"]
     with opened(["--model", os.path.relpath(CHECKPOINTS / "llava-mole-miniature")]) as page:
         ask(page, item["question"], item["image"])
         wait_for_answer(page, item["answer"])
         wait_for_picture(page, "Image 1: map of the first-choice expert")
         keep(page, "routing-mole")
+        check_contrast(page)
+        page.emulate_media(color_scheme="dark")
+        page.locator("body.dark").wait_for()
+        check_contrast(page)
+
+
+def check_contrast(page):
+    """Of texts beside pictures, whose background is white in the dark too."""
+    background = luminance(page.locator(".panel figure").first, "background-color")
+    texts = page.locator(".panel figcaption, .panel figure p").all()
+    assert len(texts) >= 3
+    for text in texts:
+        contrast = (background + 0.05) / (luminance(text, "color") + 0.05)
+        assert contrast > 7, text.inner_text()  # WCAG 2.2, level AAA

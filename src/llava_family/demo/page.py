@@ -35,7 +35,7 @@ CSS = """
 .panel figure { margin: 0 0 1rem; overflow-x: auto; background: white; color: #1a1a1a; border-radius: 8px;
   padding: 0.6rem; border: 1px solid var(--border-color-primary); }
 .panel .views figure { margin: 0; }
-.panel figcaption { font-weight: 600; margin-bottom: 0.3rem; }
+.panel figcaption { color: inherit; font-weight: 600; margin-bottom: 0.3rem; }
 .panel figure p { color: #444; margin: 0.4rem 0 0; }
 .panel img { width: 100%; min-width: 30rem; height: auto; }
 .panel img.view { width: 15rem; min-width: 0; image-rendering: pixelated; }
