@@ -7,8 +7,10 @@ PYTEST := $(PY) -m pytest -q
 GRADIO := brotli gradio gradio_client groovy hf-gradio orjson pydub python-multipart pytz safehttpx semantic-version tomlkit
 
 export HF_HUB_OFFLINE := 1
-# pip would compile every file of every package, for a minute and more. What is imported is compiled then.
-export PIP_NO_COMPILE := 1
+# What is imported is compiled once and kept, pytest's rewritten tests too: half a minute of every run of the suite. So pip
+# need not compile every file of every package, which takes a minute. (`PIP_NO_COMPILE=1` would mean the opposite.)
+export PYTHONDONTWRITEBYTECODE :=
+PIP_INSTALL := $(PY) -m pip install -qq --no-compile -c constraints.txt
 
 .PHONY: demo docs test test-all check fuzz lint test-transformers conformance coverage mutate bench clean
 
@@ -73,21 +75,21 @@ clean:
 
 .venv/.installed: setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install -qq -c constraints.txt -e '.[dev]'
-	$(PY) -m pip install -qq -c constraints.txt --no-deps $(GRADIO)
+	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) --no-deps $(GRADIO)
 	touch $@
 
 .venv/.mutate: .venv/.installed
-	$(PY) -m pip install -qq -c constraints.txt -e '.[mutate]'
+	$(PIP_INSTALL) -e '.[mutate]'
 	touch $@
 
 # Not with the rest: where torchao is installed, importing any transformers model prints its warnings.
 .venv/.quantise: .venv/.installed
-	$(PY) -m pip install -qq -c constraints.txt -e '.[quantise]'
+	$(PIP_INSTALL) -e '.[quantise]'
 	touch $@
 
 # lmms-eval without what it asks for, among which torchvision and fifty more packages, but with all that a run imports
 .venv/.lmms-eval: .venv/.installed
-	$(PY) -m pip install -qq -c constraints.txt evaluate loguru sacrebleu tenacity
-	$(PY) -m pip install -qq -c constraints.txt --no-deps lmms-eval
+	$(PIP_INSTALL) evaluate loguru sacrebleu tenacity
+	$(PIP_INSTALL) --no-deps lmms-eval
 	touch $@

@@ -36,6 +36,7 @@ def run(code):
     return result.stdout.split()
 
 
+@pytest.mark.slow
 def test_importing_costs_at_most_300_ms_over_transformers():
     code = """
         import sys, time
@@ -49,6 +50,7 @@ def test_importing_costs_at_most_300_ms_over_transformers():
     assert torch_imported == "False"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -64,6 +66,7 @@ def test_any_order_of_imports(imports):
     assert run(f"{imports}; print(type(AutoConfig.for_model('llava_uhd')).__name__)") == ["LlavaUhdConfig"]
 
 
+@pytest.mark.slow
 def test_threads_that_ask_first_all_wait_for_the_registration():
     code = """
         import threading
@@ -78,6 +81,7 @@ def test_threads_that_ask_first_all_wait_for_the_registration():
     assert run(code) == ["8"]
 
 
+@pytest.mark.slow
 def test_failed_registration_is_tried_again():
     code = """
         import llava_family

@@ -18,6 +18,7 @@ def generate(*arguments):
     return CliRunner().invoke(app, ["generate", *arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "images", [[], ["rocket.jpg"], ["rocket.jpg", "wide_text.png"]], ids=["no image", "one image", "two images"]
 )
@@ -102,6 +103,7 @@ def test_explain_of_a_release():
     assert "overview encoded at 672×168 pixels" in " ".join(result.stdout.split()), result.output
 
 
+@pytest.mark.slow
 def test_explain_draws(tmp_path):
     output = tmp_path / "overlay.png"
     result = explain("--image", ELONGATED, "--output", output)

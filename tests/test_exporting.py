@@ -62,6 +62,7 @@ def assert_program_equals_model(grid, strict):
         torch.testing.assert_close(program(pixels).flatten(0, 1), features, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [[[2, 1], [4, 3], [3, 5]], [[0, 0], [0, 0], [4, 4]]], ids=["slices", "overview"])
 @torch.no_grad()
 def test_views(grid):
@@ -76,6 +77,7 @@ def test_views_strictly():
     assert_program_equals_model([[2, 1], [4, 3], [3, 5]], strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["moe-llava-miniature", "llava-mole-miniature"])
 @torch.no_grad()
 def test_squares_of_any_number(name):

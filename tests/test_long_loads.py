@@ -93,6 +93,7 @@ def clear_caches():
         cache.cache_clear()
 
 
+@pytest.mark.slow
 def test_caches_are_bounded():
     caches = package_caches()
     by_grid, by_model_and_size = {"region_sampling_weights", "shares_beyond_map"}, {"_count_sliced", "_count_square"}
@@ -170,6 +171,7 @@ def busy_threads():
     sys.setswitchinterval(interval)
 
 
+@pytest.mark.slow
 def test_threads_give_the_answers_of_one(ask, busy_threads):
     rng = random.Random(1)
     questions = [conversation(rng) for _ in range(5 * NUM_THREADS)]
@@ -181,6 +183,7 @@ def test_threads_give_the_answers_of_one(ask, busy_threads):
     assert list(busy_threads.map(lambda question: answer(fresh, question, max_new_tokens=4), questions)) == expected
 
 
+@pytest.mark.slow
 def test_threads_that_pad_batches_give_the_answers_of_one(ask, busy_threads):
     rng = random.Random(2)
     batches = [[conversation(rng) for _ in range(rng.randint(2, 3))] for _ in range(3 * NUM_THREADS)]

@@ -129,6 +129,7 @@ def entry_points(monkeypatch):
     return arguments["entry_points"]["vllm.general_plugins"]
 
 
+@pytest.mark.slow
 def test_a_worker_knows_the_families_from_the_entry_point_alone(entry_points):
     (entry,) = entry_points
     label, _, value = (part.strip() for part in entry.partition("="))

@@ -403,6 +403,7 @@ def assert_quickly_refused(message, function, *arguments):
     assert seconds < MAX_SECONDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", READING)
 def test_reading_refuses(tmp_path, case):
     build, message = READING[case]

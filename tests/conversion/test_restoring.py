@@ -111,6 +111,7 @@ def test_without_the_original_only_what_the_conversion_left_out_is_missing(name,
         assert torch.equal(found[tensor].to(expected[tensor].dtype), expected[tensor][:rows]), tensor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOLDENS)
 def test_changed_weights_come_back(name, originals, converted, tmp_path):
     """No value is the original's: what was trained meanwhile is restored, and converts to the same again."""
@@ -151,6 +152,7 @@ def test_a_restored_folder_loads_as_the_original_does(name, originals, converted
     assert_equal(models[1].state_dict(), models[0].state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("save_original_format", [None, True, False])
 def test_a_directly_loaded_original_survives_being_saved(name, save_original_format, originals, tmp_path):
@@ -196,6 +198,7 @@ def test_layouts_of_other_backbones_and_stages_convert_to_the_same_again(backbon
         assert f"{layer}0.mlp.deepspeed_moe.experts.deepspeed_experts.3.{dense}.weight" in names
 
 
+@pytest.mark.slow
 def test_digits_that_a_conversion_rounded_stay_so_and_this_is_said(tmp_path):
     tensors = torch.load(MOLE_FILES["mole_trained"], weights_only=True)["state_dict"]
     tensors["in_adaptor.projector.0.bias"] += 1 / 3

@@ -167,6 +167,7 @@ def test_rerun_goes_on(source, expected, tmp_path, error):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_every_place_of_an_interruption(source, expected, tmp_path):
     for after in range(NUM_TENSORS):
         output = tmp_path / f"out{after}"
@@ -433,6 +434,7 @@ def slowly(name):
     time.sleep(0.004)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(source, expected, tmp_path):
     start = time.perf_counter()
     assert os.waitpid(in_child(lambda: convert(source, tmp_path / "whole", slowly)), 0)[1] == 0
@@ -458,6 +460,7 @@ def test_killed_at_random_moments(source, expected, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(source, expected, tmp_path):
     generator = random.Random(1)
     output = tmp_path / "out"

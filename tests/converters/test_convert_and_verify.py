@@ -87,6 +87,7 @@ def test_verify(family, converted):
     assert code == 0 and "Equal: every tensor, bit by bit.\n" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_verify_in_the_dtype_of_the_output(family, tmp_path, dtype):
     arguments = ["--checkpoint", ORIGINALS[family], "--output", tmp_path / "out", *options_of(family, dtype=dtype)]
@@ -258,6 +259,7 @@ def test_verify_with_a_broken_manifest(moe_llava, manifest):
     assert code == 1 and "must be the manifest of a conversion" in printed
 
 
+@pytest.mark.slow
 def test_benchmark_runs(tmp_path):
     benchmark = runpy.run_path(str(ROOT / "benchmarks" / "conversion.py"))
     record = benchmark["measure"](tmp_path, benchmark["QUICK_SIZE"], 1, 4_000_000)

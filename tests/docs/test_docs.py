@@ -308,6 +308,7 @@ def run_command(words, workspace, monkeypatch, capsys):
         run_program(entry_point.load(), arguments, workspace, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snippet", runnable("python"), ids=name_of)
 def test_python(snippet, workspace):
     # Line numbers of a traceback are those of the document.
@@ -315,6 +316,7 @@ def test_python(snippet, workspace):
     exec(code, {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("snippet", runnable("bash"), ids=name_of)
 def test_bash(snippet, workspace, monkeypatch, capsys):
     commands = commands_of(snippet.code)

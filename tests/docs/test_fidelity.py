@@ -64,6 +64,7 @@ def test_position_table_is_loaded_and_not_trained(model):
     assert not any("pos_embed" in name for name, _ in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_nothing_is_cut_at_2048_positions(model, processor):
     assert processor.tokenizer.model_max_length == 2048
     images = [Image.new("RGB", (672, 1008))] * 3

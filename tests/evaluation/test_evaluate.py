@@ -95,6 +95,7 @@ def test_scores_of_the_samples(benchmark, script, tmp_path, capsys):
     assert all(f"{100 * value:.1f}" in printed for value in scores.values())
 
 
+@pytest.mark.slow
 def test_published_scores_stand_beside(script, tmp_path, capsys):
     more = ["--compare", "moe-llava-phi2-2.7b-4e"]
     script["main"](arguments_for("pope", MOE, tmp_path / "a.jsonl", *more))
@@ -259,6 +260,7 @@ def test_questions_without_the_truth_are_only_answered(script, tmp_path, capsys)
     assert answers_in(tmp_path / "a.jsonl") == ["triangle"]
 
 
+@pytest.mark.slow
 def test_batches_give_the_same_answers():
     """Pictures of several shapes, and a question without one, padded on the left."""
     model, processor = answering.load(str(UHD), device="cpu")

@@ -111,6 +111,7 @@ def num_features(name, image):
     return plan_slices(width, height, base_size=BASE_SIZE).num_views * NUM_QUERIES + borders
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)  # of all batches
 @pytest.mark.parametrize("name", FAMILIES)
 def test_batches(name):

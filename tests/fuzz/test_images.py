@@ -60,6 +60,7 @@ def check(outputs, is_square):
     assert overview_grid.min() >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PIL's, of broken files
 @pytest.mark.parametrize("piece", range(PIECES))
 def test_images(processors, tmp_path, piece):

@@ -84,6 +84,7 @@ def use(loaded):
         loaded(input_ids=torch.tensor([[1, 2, 3]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", range(PIECES))
 def test_json(checkpoints, piece):
     texts = {path: path.read_bytes() for checkpoint in checkpoints for path in checkpoint.texts()}

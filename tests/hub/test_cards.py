@@ -75,6 +75,7 @@ def test_card_of_another_shape_is_an_error(monkeypatch, tmp_path):
         cards.release_card(PHI_CARD, "name", is_original=False)
 
 
+@pytest.mark.slow
 def test_card_is_found_by_name_and_sizes(tiny_release, tmp_path):
     checkpoint, lines = tiny_release("phi-converted", PHI_CARD), []
     named = tmp_path / "MoE-LLaVA-Phi2-2.7B-4e-hf"
@@ -114,6 +115,7 @@ def test_wrong_cards_are_refused(checkpoints, tmp_path, card, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_generic_card(name, repositories):
     card = ModelCard.load(repositories(name) / "README.md")

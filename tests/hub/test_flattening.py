@@ -22,6 +22,7 @@ def package(tmp_path, **modules):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ENTRIES)
 def test_families_become_siblings_alone(family):
     sources = flatten(ENTRIES[family])

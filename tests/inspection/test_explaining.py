@@ -71,6 +71,7 @@ def test_sizes_are_those_of_the_documentation():
         assert explanation.layout.count("[144]") == explanation.num_views
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "name"), [(144, "spatial/144"), (64, "perceiver/64")])
 @pytest.mark.parametrize("size", [(672, 1088), (336, 336)])
 def test_costs_are_those_of_the_benchmark(queries, name, size):
@@ -88,12 +89,14 @@ def test_costs_are_those_of_the_benchmark(queries, name, size):
             assert row[8:10] == [f"{cost.flops[text_model] / TERA:.3f}", f"{cost.ratios[text_model]:.3f}"]
 
 
+@pytest.mark.slow
 def test_square_of_clip_costs_what_llava_does():
     cost, llava, _ = square("moe_llava", 336, 576).costs
     assert (cost.model, cost.num_tokens) == ("MoE-LLaVA square/576", 576)
     assert cost.flops == llava.flops and set(cost.ratios.values()) == {1.0}
 
 
+@pytest.mark.slow
 def test_square_of_siglip_and_boundaries():
     from transformers import LlavaConfig
 
@@ -289,6 +292,7 @@ def test_bad_images_are_one_clear_error(family, image, message):
         tiny_processor(family).explain(image)
 
 
+@pytest.mark.slow
 def test_text_fits_a_terminal():
     explanation = replace(explain_image(Image.new("RGB", (672, 1088))), prompt_layout="<s> " + 40 * "what is this ")
     text = str(explanation)
@@ -301,6 +305,7 @@ def test_text_fits_a_terminal():
     assert escape(explanation.prompt_layout) in html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "encoding"), ENCODINGS)
 def test_picture(family, encoding, tmp_path):
     explanation, path = processor_of(family, encoding).explain(IMAGE), tmp_path / "picture.png"
@@ -343,6 +348,7 @@ def test_without_the_package(processor_class, monkeypatch):
         processor_class.explain(None, IMAGE)
 
 
+@pytest.mark.slow
 def test_document_shows_what_is_printed():
     (shown,) = re.findall(r"```text\n(.*?)```", (ROOT / "docs" / "explain.md").read_text("utf-8"), flags=re.DOTALL)
     printed = str(explain_image(ROOT / "examples" / "images" / "wide_text.png"))

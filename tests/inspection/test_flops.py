@@ -101,6 +101,7 @@ def tiny_config(resampler_type):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resampler_type", QUERIES)
 @pytest.mark.parametrize(
     ("text_model", "size"), [("7B", (672, 1088)), ("13B", (672, 1088)), ("13B", (336, 336))], ids=str
@@ -122,6 +123,7 @@ def test_llava_uhd_equals_the_closed_form(text_model, resampler_type, size):
     assert report.total == pytest.approx(vision + projector + text + lm_head, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_model", TEXT_MODELS)
 def test_llava_equals_the_closed_form(text_model):
     report = count_flops(LlavaConfig(text_config=text_config(text_model)), 1234, 567)
@@ -134,6 +136,7 @@ def test_llava_equals_the_closed_form(text_model):
     assert report.lm_head == 2 * hidden_size * VOCABULARY * 576
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "tiles", "rows", "columns"),
     [((672, 1088), 4, 48, 30), ((1008, 336), 3, 24, 72), ((336, 336), 2, 24, 24)],
@@ -148,6 +151,7 @@ def test_llava_next_equals_the_closed_form(size, tiles, rows, columns):
     assert report.language_model == pytest.approx(text_flops("13B", tokens), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(56, 56), (112, 168), (50, 130)])
 @pytest.mark.parametrize("resampler_type", QUERIES)
 def test_count_is_that_of_a_real_forward_pass(resampler_type, size):
@@ -167,6 +171,7 @@ def test_count_is_that_of_a_real_forward_pass(resampler_type, size):
     assert report.total == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(56, 56), (112, 168)])
 @pytest.mark.parametrize("family", ["llava_uhd", "llava", "llava_next", "siglip"])
 def test_layerwise_count_is_the_same(family, size):
@@ -188,6 +193,7 @@ def test_layerwise_count_is_the_same(family, size):
     assert config.to_dict() == before
 
 
+@pytest.mark.slow
 def test_unsliced_image_costs_less_than_a_sliced_one():
     config = LlavaUhdConfig(text_config=text_config("7B"))
     small, large = count_flops(config, 336, 336), count_flops(config, 337, 336)
@@ -195,6 +201,7 @@ def test_unsliced_image_costs_less_than_a_sliced_one():
     assert small.total < large.total / 2
 
 
+@pytest.mark.slow
 def test_printed_claims(benchmark_flops):
     claim = benchmark_flops.paper_claim()
     print(claim)
@@ -203,6 +210,7 @@ def test_printed_claims(benchmark_flops):
     assert 1.85 <= claim["spatial"] <= 2.05
 
 
+@pytest.mark.slow
 def test_benchmark_rows_agree_with_the_claim(benchmark_flops):
     rows = {row.model: row for row in benchmark_flops.measure("13B", ((672, 1088),))}
     llava, llava_next = rows["LLaVA-1.5"].report, rows["LLaVA-NeXT"].report
@@ -214,6 +222,7 @@ def test_benchmark_rows_agree_with_the_claim(benchmark_flops):
     assert llava.total == pytest.approx(15.50e12, rel=0.01)  # the paper's number for LLaVA-1.5
 
 
+@pytest.mark.slow
 def test_benchmark_prints(benchmark_flops, monkeypatch, capsys):
     monkeypatch.setattr(benchmark_flops, "TEXT_CONFIGS", {"13B": {**TINY_TEXT, "hidden_size": 256}})
     monkeypatch.setattr(benchmark_flops, "IMAGE_SIZES", ((336, 336), (672, 1008)))

@@ -385,6 +385,7 @@ def test_principal_pathways():
     assert len(principal_pathways(torch.randint(0, 4, (100, 30)), num_experts=4)) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plot", [plot_expert_loads, plot_modality_loads, plot_pathways])
 def test_figures(plot, recorded, model, tmp_path):
     import matplotlib.figure
@@ -413,6 +414,7 @@ def test_figure_shows_the_loads(recorded):
         np.testing.assert_allclose(shown, np.where(total > 0, text[:, expert] / np.maximum(total, 1e-12), 0))
 
 
+@pytest.mark.slow
 def test_report_is_one_complete_file(recorded, tmp_path, monkeypatch):
     output = tmp_path / "report.html"
     images = [Image.new("RGB", (56, 40), color) for color in ("red", "green", "blue")]
@@ -448,6 +450,7 @@ ORIGINAL = (
 RUN = ("--prompt", "What is this?", "--max-new-tokens", "4", "--dtype", "float32")
 
 
+@pytest.mark.slow
 def test_command(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     output = tmp_path / "report.html"

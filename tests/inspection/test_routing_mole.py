@@ -451,6 +451,7 @@ def test_figure_by_domain(recorded, weights, tmp_path):
             assert shown == [f"{share:.0%}" for share in expected if share >= 0.13]
 
 
+@pytest.mark.slow
 def test_figure_by_domain_of_a_modality_and_of_many_layers(recorded):
     figure = plot_domain_routing(recorded, modality="image")
     assert len(figure.axes) == 3
@@ -471,6 +472,7 @@ def test_figure_by_domain_of_a_modality_and_of_many_layers(recorded):
     assert figure.axes[0].get_yticklabels()[0].get_parse_math() is False
 
 
+@pytest.mark.slow
 def test_report(recorded, tmp_path):
     document = write_routing_report(recorded, tmp_path / "report.html").read_text(encoding="utf-8")
     assert document.count("<img") == 4 and "Loads by domain" in document and "dense" not in document
@@ -494,6 +496,7 @@ def test_report(recorded, tmp_path):
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "llava_mole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_command(encoding, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")

@@ -418,6 +418,7 @@ FROZEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("original", FROZEN)
 def test_what_the_file_has_wins(place, originals, converted, original):
     # Of each one alone, so that all others come from the folders
@@ -514,6 +515,7 @@ def test_alpha_is_that_of_the_name_or_the_given_one(name, given, alpha):
     assert found == alpha and type(found) is type(alpha)
 
 
+@pytest.mark.slow
 def test_given_alpha_reaches_the_model(place, originals):
     path = write(place, originals["trained"], "renamed.pt")
     output = convert(path, place.parent / "out", lora_alpha=24, dtype="float32")
@@ -849,6 +851,7 @@ def test_output_that_is_not_empty_is_refused_before_anything_else(tmp_path):
         convert("nowhere.pt", tmp_path, vicuna="owner/never-downloaded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["weights", "processor"])
 def test_interruption_leaves_what_a_rerun_goes_on_with(place, monkeypatch, stage, converted):
     output = place.parent / "out"

@@ -175,6 +175,7 @@ def test_one_expert_equals_peft_lora(routed):
         torch.testing.assert_close(gradient, theirs, atol=1e-6 * theirs.abs().max().item(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_is_of_the_input_and_of_training_alone():
     torch.manual_seed(0)
     experts = MoleExperts(64, 8, 2, 4, 4, lora_dropout=0.5)
@@ -292,6 +293,7 @@ def test_flops_beyond_plain_lora_have_a_closed_form(num_experts, grouped):
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "mole_step.py"
 
 
+@pytest.mark.slow
 def test_benchmark_compares_equal_steps():
     benchmark = runpy.run_path(str(BENCHMARK))
     steps = benchmark["build_steps"](**benchmark["QUICK_SIZE"])
@@ -305,6 +307,7 @@ def test_benchmark_compares_equal_steps():
             torch.testing.assert_close(mixture.hidden_states.grad, gradient, atol=atol, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_benchmark_runs():
     command = [sys.executable, str(BENCHMARK), "--quick", "--rounds", "2", "--threads", "1", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -133,6 +133,7 @@ def test_half_precision(routing, dtype):
     assert all(p.grad is None or p.grad.isfinite().all() for p in half.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_compilation_without_graph_breaks(routing):
     model = tiny_model(routing=routing, num_experts=8, r=16)

@@ -44,6 +44,7 @@ def assert_rows_are_independent(model, processor, rows, padding_side):
             torch.testing.assert_close(logits, model(**alone).logits[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("seed", range(10))
 def test_random_batches(processor, seed, padding_side):
@@ -56,6 +57,7 @@ def test_random_batches(processor, seed, padding_side):
         assert_rows_are_independent(model, small_processor, rows, padding_side)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_random_batches_of_the_golden_model(model, processor, padding_side):
     rng = random.Random(padding_side)

@@ -32,6 +32,7 @@ def test_sizes_are_mixed():
     assert len(grids) == 8 and len(set(views)) >= 6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_prefills_are_of_equal_text_models_and_one_image():
     benchmark = runpy.run_path(str(BENCHMARKS / "prefill.py"))

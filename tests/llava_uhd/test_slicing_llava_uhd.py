@@ -64,6 +64,7 @@ def tiles_exactly_once(plan):
     return bool((painted == 1).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_slices", [1, 4, 6, 7, 9, 12])
 def test_every_size(processor, max_slices):
     sizes = [(width, height) for width in range(1, 2001, 7) for height in range(1, 2001, 7)]

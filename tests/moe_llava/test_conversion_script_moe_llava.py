@@ -335,6 +335,7 @@ def factor(tensors, style, rank=8, alpha=16):
     return factored, sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", LORA_STYLES)
 @pytest.mark.parametrize("variant", BACKBONES)
 def test_unmerged_lora(tmp_path, originals, converted, variant, style):

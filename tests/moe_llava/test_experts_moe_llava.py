@@ -332,6 +332,7 @@ def test_benchmark_measures_grouped_mm_in_both(benchmark, calls):
         assert calls == {"batched_mm": 0, "grouped_mm": 1}
 
 
+@pytest.mark.slow
 def test_benchmark_runs():
     command = [sys.executable, str(BENCHMARK), "--quick", "--rounds", "2"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

@@ -49,6 +49,7 @@ def folder(request, tmp_path):
     return tmp_path / "bfloat16"
 
 
+@pytest.mark.slow
 def test_int8_weights_with_packed_experts(folder, record_property):
     original = load(folder)
     model = load(folder, quantization_config=int8_config(), experts_implementation="eager")

@@ -357,6 +357,7 @@ class TestFiles:
         assert not any(parameter.is_meta for parameter in loaded.parameters())
         assert torch.equal(logits(loaded), logits(model))
 
+    @pytest.mark.slow
     def test_transformers_own_adapters(self, tmp_path):
         model = adapted()
         model.save_pretrained(tmp_path)

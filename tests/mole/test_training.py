@@ -166,6 +166,7 @@ class TestCheckpointing:
         model.train()(**batch, use_cache=False).loss.backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("training", "task_type"), [(True, "CAUSAL_LM"), (False, None)])
 def test_the_forward_compiles_in_one_graph(training, task_type):
     torch._dynamo.reset()
@@ -182,6 +183,7 @@ def test_the_forward_compiles_in_one_graph(training, task_type):
             assert outputs.loss is None
 
 
+@pytest.mark.slow
 def test_layers_that_are_compiled_one_by_one_are_recorded():
     torch._dynamo.reset()
     model, batch = adapted(), tiny_batch()
@@ -242,6 +244,7 @@ def make_trainer(model, folder, callbacks=(), **kwargs):
 
 
 class TestTrainer:
+    @pytest.mark.slow
     def test_interrupted_training_ends_where_the_uninterrupted_one_does(self, tmp_path):
         def train(folder, **kwargs):
             # weights of its own, which the checkpoint must replace
@@ -262,6 +265,7 @@ class TestTrainer:
         saved = sorted(path.name for path in (tmp_path / "whole" / "checkpoint-2").glob("adapter*"))
         assert saved == ["adapter_config.json", "adapter_model.safetensors"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("accumulation", [1, 3])
     def test_the_mean_balance_loss_is_logged(self, tmp_path, accumulation):
         losses = []
@@ -308,6 +312,7 @@ class TestTrainer:
         trainer.train()
         assert "balance_loss" in Reporter.seen[0]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["moe_llava", "llava_mole", "dense"])
     def test_models_with_experts_of_their_own(self, tmp_path, name):
         if name == "llava_mole":

@@ -70,6 +70,7 @@ def test_a_batch_is_its_rows(family, processor):
     assert ("image_grids" in batch) == (family == "llava_uhd")
 
 
+@pytest.mark.slow
 def test_the_model_takes_it(family, processor):
     batch = ConversationCollator(processor)(items())
     loss = tiny_model(family)(**batch).loss

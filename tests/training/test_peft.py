@@ -32,6 +32,7 @@ def base_model(family):
     return without_randomness(phi_model() if family == "phi" else tiny_model(family)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "target"),
     [*((family, ATTENTION) for family in FAMILIES), ("moe_llava", GATED), ("phi", PHI)],

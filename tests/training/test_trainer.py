@@ -65,6 +65,7 @@ def assert_equal_weights(actual, expected):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouped", [True, False])
 def test_every_epoch_has_an_order_of_its_own(tmp_path, grouped):
     orders = []
@@ -79,6 +80,7 @@ def test_every_epoch_has_an_order_of_its_own(tmp_path, grouped):
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(24)) and orders[0] != orders[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activation_checkpointing_changes_nothing(family, tmp_path):
     results = []
@@ -93,6 +95,7 @@ def test_activation_checkpointing_changes_nothing(family, tmp_path):
         torch.testing.assert_close(weights_of(results[1][1])[name], value, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_bfloat16_learns(family, tmp_path, checkpointing):
@@ -105,6 +108,7 @@ def test_bfloat16_learns(family, tmp_path, checkpointing):
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_in_bfloat16_train(family, tmp_path):
     trainer = make_trainer(family, tmp_path, model=tiny_model(family).to(torch.bfloat16), max_steps=3, bf16=True)
@@ -130,6 +134,7 @@ def test_a_blank_image_changes_nothing_but_reaches_the_projector(family):
     assert all(value.grad is None for value in connector)
 
 
+@pytest.mark.slow
 def test_text_alone_trains_and_evaluates(tmp_path):
     samples = [sample for sample in tiny_samples() if sample["image"] is None]
     trainer = make_trainer("llava_uhd", tmp_path, samples=samples, max_steps=2)
@@ -159,6 +164,7 @@ def rates_of(trainer):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projector_learning_rate(family, tmp_path):
     arguments = {"weight_decay": 0.1, "lr_scheduler_type": "constant"}
@@ -180,6 +186,7 @@ def test_projector_learning_rate(family, tmp_path):
     assert trainer.state.log_history[0]["learning_rate"] == 1e-3  # the text model's is the one that is logged
 
 
+@pytest.mark.slow
 def test_projector_learning_rate_is_kept_over_an_interruption(tmp_path):
     options = {"projector_learning_rate": 5e-5, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     whole = run("llava_uhd", tmp_path / "whole", **options)
@@ -210,6 +217,7 @@ def test_options_that_exclude_each_other(tmp_path):
         LlavaTrainer(model=trainer.model, args=TrainingArguments(output_dir=tmp_path, use_cpu=True))
 
 
+@pytest.mark.slow
 def test_adapters_train_and_resume(tmp_path):
     """LoRA experts put on a model by PEFT."""
 
@@ -228,6 +236,7 @@ def test_adapters_train_and_resume(tmp_path):
     assert whole.state.log_history[0]["balance_loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_balance_loss_is_logged(family, tmp_path):
     trainer = run(family, tmp_path, max_steps=3)
@@ -242,6 +251,7 @@ def test_balance_loss_is_logged(family, tmp_path):
     assert sum(isinstance(callback, BalanceLossCallback) for callback in trainer.callback_handler.callbacks) == 1
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_converted_model_are_native(tmp_path):
     """They would be in the original's layout otherwise, which resuming cannot read."""
     tiny_model("llava_uhd").save_pretrained(tmp_path / "original")

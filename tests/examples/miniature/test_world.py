@@ -179,6 +179,7 @@ def shown(miniature):
     return digests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["uhd_reading", "moe_skills", "mole_domains"])
 def test_pictures_that_are_asked_about_are_new(name, miniature, shown, tmp_path, monkeypatch):
     learned, asked = run_without_training(miniature(name), tmp_path, monkeypatch, count=200)
