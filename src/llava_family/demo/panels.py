@@ -3,19 +3,17 @@
 Source: no counterpart; the pictures are those of [`inspection`](../inspection).
 """
 
-import base64
 from collections.abc import Sequence
 from html import escape
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ..inspection.explaining import open_one_image
 from ..inspection.routing import RoutingRecorder
 from ..inspection.routing_plots import plot_image_routing, plot_modality_loads, square_view
-from ..inspection.routing_report import embed_figure
+from ..inspection.routing_report import embed_picture
 from ..inspection.slicing_plots import plot_slices
-from ..llava_uhd.image_processing_pil_llava_uhd import LlavaUhdImageProcessorPil
 
 
 if TYPE_CHECKING:
@@ -57,11 +55,11 @@ def views_panel(images: Sequence[Image.Image], processor: Any) -> str:
     for index, image in enumerate(images):
         name = f"Image {index + 1}"
         if is_sliced:
-            content = _fit(plot_slices(_as_rgb(image), processor), f"{name}: its slices and its overview")
+            content = _fit(plot_slices(open_one_image(image), processor), f"{name}: its slices and its overview")
         else:
             view = square_view(image, processor.image_processor)
             size = f"{image.width}×{image.height} pixels, encoded as {view.width}×{view.height}"
-            content = f"{_embed_view(view, f'{name} as the square view that is encoded')}<p>{size}</p>"
+            content = f"{embed_picture(view, f'{name} as the square view that is encoded', 'view')}<p>{size}</p>"
         figures.append(_figure(name if len(images) > 1 else "", content))
     content = "".join(figures)
     return _section("What the model sees", note, content if is_sliced else f'<div class="views">{content}</div>')
@@ -81,7 +79,7 @@ def routing_panel(images: Sequence[Image.Image], recorder: RoutingRecorder) -> s
     for index, image in enumerate(images):
         name = f"Image {index + 1}"
         try:
-            figure = plot_image_routing(_as_rgb(image), recorder, index)
+            figure = plot_image_routing(open_one_image(image), recorder, index)
         except ValueError as error:  # tokens without a place in the image
             figures.append(_figure(name, f"<p>{escape(str(error))}</p>"))
             continue
@@ -107,19 +105,7 @@ def _fit(figure: "Figure", description: str) -> str:
         grid = figure.axes[0].get_gridspec()
         more = 0.5 * (grid.nrows - 1) if grid else 0
         figure.set_size_inches(PANEL_INCHES, max(height * PANEL_INCHES / width, 1.6) + more)
-    return embed_figure(figure, description)
-
-
-def _embed_view(view: Image.Image, description: str) -> str:
-    buffer = BytesIO()
-    view.save(buffer, format="PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img class="view" alt="{escape(description)}" src="data:image/png;base64,{data}">'
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """The image in 8 bits of three channels, over white, as the processors see it."""
-    return LlavaUhdImageProcessorPil().process_image(image, do_convert_rgb=True)[0]
+    return embed_picture(figure, description)
 
 
 __all__ = ["ROUTING_EMPTY", "ROUTING_PENDING", "VIEWS_EMPTY", "routing_panel", "views_panel"]

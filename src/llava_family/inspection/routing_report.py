@@ -113,17 +113,17 @@ def build_routing_report(recorder: RoutingRecorder, images: Sequence[Image.Image
             "Expert loads",
             "Share of the tokens whose first choice an expert is; on the right the modalities that each expert "
             "serves, with text and image tokens weighted to count alike.",
-            embed_figure(plot_expert_loads(recorder), "Stacked bars: load of each expert per layer"),
+            embed_picture(plot_expert_loads(recorder), "Stacked bars: load of each expert per layer"),
         ),
         _section(
             "Loads by modality",
             "The same for text tokens and for image tokens.",
-            embed_figure(plot_modality_loads(recorder), "Stacked bars: load of each expert per layer and modality"),
+            embed_picture(plot_modality_loads(recorder), "Stacked bars: load of each expert per layer and modality"),
         ),
         _section(
             "Pathways",
             "Principal components of the tokens' ways through the layers.",
-            embed_figure(plot_pathways(recorder), "Curves: expert per layer of the principal components"),
+            embed_picture(plot_pathways(recorder), "Curves: expert per layer of the principal components"),
         ),
         *_domain_section(recorder),
         *(_image_section(recorder, image, index) for index, image in enumerate(images)),
@@ -146,11 +146,11 @@ def _domain_section(recorder: RoutingRecorder) -> list[str]:
     if not recorder.domains:
         return []
     note = "Share of a domain's tokens whose first choice an expert is, for some of the layers."
-    pictures = [embed_figure(plot_domain_routing(recorder), "Bars: load of each expert per domain and layer")]
+    pictures = [embed_picture(plot_domain_routing(recorder), "Bars: load of each expert per domain and layer")]
     if recorder.is_dense:
         note += " Below, the mean weight that dense routing gives the experts."
         weights = plot_domain_routing(recorder, weights=True)
-        pictures.append(embed_figure(weights, "Bars: mean weight of each expert per domain and layer"))
+        pictures.append(embed_picture(weights, "Bars: mean weight of each expert per domain and layer"))
     return [_section("Loads by domain", note, "\n".join(pictures))]
 
 
@@ -168,24 +168,27 @@ def _image_section(recorder: RoutingRecorder, image: Image.Image, index: int) ->
     except ValueError as error:  # tokens without a place in the image
         return _section(title, str(error), "")
     return _section(
-        title, "First-choice expert of every image token.", embed_figure(figure, "Maps of experts per layer")
+        title, "First-choice expert of every image token.", embed_picture(figure, "Maps of experts per layer")
     )
 
 
-def embed_figure(figure: "Figure", description: str) -> str:
-    """An `img` element that holds a figure as a PNG.
+def embed_picture(picture: "Figure | Image.Image", description: str, css_class: str = "") -> str:
+    """An `img` element that holds a picture as a PNG.
 
     Args:
-        figure (`matplotlib.figure.Figure`): The figure.
+        picture (`matplotlib.figure.Figure` or `PIL.Image.Image`): The picture.
         description (`str`): Its alternative text.
+        css_class (`str`, *optional*): Of the element.
 
     Returns:
         `str`: HTML.
     """
     buffer = BytesIO()
-    figure.savefig(buffer, format="png")
+    write = picture.save if isinstance(picture, Image.Image) else picture.savefig
+    write(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<img alt="{escape(description)}" src="data:image/png;base64,{data}">'
+    of_class = f'class="{css_class}" ' if css_class else ""
+    return f'<img {of_class}alt="{escape(description)}" src="data:image/png;base64,{data}">'
 
 
 def _tables(recorder: RoutingRecorder) -> str:
@@ -250,4 +253,4 @@ def routing_table(recorder: RoutingRecorder):
     return table
 
 
-__all__ = ["build_routing_report", "check_output_file", "embed_figure", "routing_table", "write_routing_report"]
+__all__ = ["build_routing_report", "check_output_file", "embed_picture", "routing_table", "write_routing_report"]
