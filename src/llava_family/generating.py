@@ -8,6 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 
+# Arguments of `generate` for greedy decoding, or beam search, also where a release's configuration samples
+NO_SAMPLING: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
 def load_model(
     model_name: str, vision_tower: str | None = None, dtype: str = "auto", device: str | None = None
 ) -> tuple[Any, Any]:
@@ -50,6 +54,18 @@ def _original_arguments(model_name: str, vision_tower: str | None) -> dict[str, 
         return {}
     config_dict, _ = PreTrainedConfig.get_config_dict(model_name)
     return {"mm_image_tower" if "mm_image_tower" in config_dict else "mm_vision_tower": vision_tower}
+
+
+def images_of(messages: Sequence[dict[str, Any]]) -> list[Any]:
+    """The images of a conversation, in the order in which a processor takes them.
+
+    Args:
+        messages (`Sequence[dict]`): With `role` and `content`, as `ProcessorMixin.apply_chat_template` takes them.
+
+    Returns:
+        `list`: what is under `"image"` in the contents, of any kind that processors take.
+    """
+    return [item["image"] for message in messages for item in message["content"] if item["type"] == "image"]
 
 
 def user_message(text: str, images: Sequence[Any]) -> list[dict[str, Any]]:
@@ -100,9 +116,17 @@ def decoding_config(model: Any, max_new_tokens: int, temperature: float) -> Any:
     if temperature:
         config.update(do_sample=True, temperature=temperature)
     else:
-        config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
+        config.update(**NO_SAMPLING)
     config.update(max_new_tokens=max_new_tokens, max_length=None)
     return config
 
 
-__all__ = ["decoding_config", "load_model", "load_processor", "prepare_inputs", "user_message"]
+__all__ = [
+    "NO_SAMPLING",
+    "decoding_config",
+    "images_of",
+    "load_model",
+    "load_processor",
+    "prepare_inputs",
+    "user_message",
+]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import TextIteratorStreamer
 
-from ..generating import decoding_config, prepare_inputs
+from ..generating import decoding_config, images_of, prepare_inputs
 from ..inspection.routing import RoutingRecorder
 from ..llava_uhd.pixels_llava_uhd import decoding, open_image, upright
 from .panels import ROUTING_PENDING, routing_panel, views_panel
@@ -69,7 +69,7 @@ class Chat:
         Raises:
             ValueError: if the messages cannot be processed.
         """
-        images = [image for message in messages for image in _images_of(message)]
+        images = images_of(messages)
         with self._lock:
             self.stop()  # one whose user has left may still be at its last token
             inputs = prepare_inputs(self.model, self.processor, messages)
@@ -78,7 +78,7 @@ class Chat:
             self._generation = generation
             try:
                 # Views are drawn while the model reads them; those of images that were there before are on the page.
-                views = views_panel(images, self.processor) if _images_of(messages[-1]) else None
+                views = views_panel(images, self.processor) if images_of(messages[-1:]) else None
                 yield Update("", views, ROUTING_PENDING if self.recorder else None)
                 text = ""
                 for piece in generation.pieces():
@@ -128,10 +128,6 @@ class _Generation(threading.Thread):
         self.join()
         if self._error is not None:
             raise self._error
-
-
-def _images_of(message: dict[str, Any]) -> list[Any]:
-    return [item["image"] for item in message["content"] if item["type"] == "image"]
 
 
 def _find_recorder(model: Any, processor: Any) -> RoutingRecorder | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ..generating import load_model
+from ..generating import images_of, load_model
 from .settings import SETTINGS, GenerationSettings
 
 
@@ -80,13 +80,7 @@ def answer_batch(
         `list[str]`: one answer each, without special tokens and outer white space.
     """
     texts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
-    images = [
-        item["image"]
-        for messages in conversations
-        for message in messages
-        for item in message["content"]
-        if item["type"] == "image"
-    ]
+    images = [image for messages in conversations for image in images_of(messages)]
     image_arguments = {"images": images, **settings.image_settings} if images else {}
     inputs = processor(text=texts, padding=True, return_tensors="pt", **image_arguments).to(model.device, model.dtype)
     generated = model.generate(**inputs, **{**settings.generate_arguments(), **generate_arguments})

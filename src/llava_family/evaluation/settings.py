@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from ..generating import NO_SAMPLING
 
-BENCHMARKS = ("textvqa", "pope", "scienceqa", "mmbench", "gqa", "vqav2", "vizwiz", "mme")
 
 # LLaVA-1.5's prompts (arXiv 2310.03744, appendix), which all three families' scripts or data take over. LLaVA's
 # question files of TextVQA, POPE and GQA have theirs already; those of ScienceQA and MMBench get it from the script.
@@ -61,10 +61,7 @@ class GenerationSettings:
             `dict[str, Any]`: these settings, without sampling.
         """
         return {
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
+            **NO_SAMPLING,
             "num_beams": self.num_beams,
             "max_new_tokens": self.max_new_tokens,
             "repetition_penalty": self.repetition_penalty,
@@ -140,7 +137,7 @@ def settings_for(family: str, benchmark: str) -> GenerationSettings:
 
     Args:
         family (`str`): `model_type` of the checkpoint, a key of `SETTINGS`.
-        benchmark (`str`): One of `BENCHMARKS`.
+        benchmark (`str`): One of the keys of `SETTINGS[family]`.
 
     Returns:
         `GenerationSettings`: with their source.
@@ -153,5 +150,5 @@ def settings_for(family: str, benchmark: str) -> GenerationSettings:
             f"The model must be of one of the types {', '.join(SETTINGS)}, but is of the type {family!r}."
         )
     if benchmark not in SETTINGS[family]:
-        raise ValueError(f"`benchmark` must be one of {', '.join(BENCHMARKS)}, but is {benchmark!r}.")
+        raise ValueError(f"`benchmark` must be one of {', '.join(SETTINGS[family])}, but is {benchmark!r}.")
     return SETTINGS[family][benchmark]
