@@ -20,9 +20,9 @@ from llava_family.inspection.flops import VICUNA, FlopReport, count_flops, count
 from llava_family.llava_uhd.configuration_llava_uhd import LlavaUhdConfig
 
 
-TEXT_CONFIGS = VICUNA  # LLaVA-UHD was released with the 13B one only.
 IMAGE_SIZES = ((336, 336), (672, 1008), (672, 1088), (1008, 336))
 BASELINE_SIZE = (336, 336)
+# LLaVA-UHD was released with the text model of 13B only.
 PAPER_TEXT_MODEL, PAPER_RESAMPLER, PAPER_SIZE = "13B", "perceiver", (672, 1088)
 TERA = 1e12
 
@@ -41,17 +41,15 @@ class Row:
 
 
 def llava_config(text_model: str) -> LlavaConfig:
-    return LlavaConfig(text_config=TEXT_CONFIGS[text_model])
+    return LlavaConfig(text_config=VICUNA[text_model])
 
 
 def llava_next_config(text_model: str) -> LlavaNextConfig:
-    return LlavaNextConfig(text_config=TEXT_CONFIGS[text_model])
+    return LlavaNextConfig(text_config=VICUNA[text_model])
 
 
 def llava_uhd_config(text_model: str, resampler_type: str, **vision_options) -> LlavaUhdConfig:
-    return LlavaUhdConfig(
-        text_config=TEXT_CONFIGS[text_model], vision_config=vision_options, resampler_type=resampler_type
-    )
+    return LlavaUhdConfig(text_config=VICUNA[text_model], vision_config=vision_options, resampler_type=resampler_type)
 
 
 def count(config: LlavaConfig | LlavaNextConfig | LlavaUhdConfig, width: int, height: int) -> FlopReport:
@@ -146,7 +144,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     sizes = IMAGE_SIZES if arguments.width is None else ((arguments.width, arguments.height),)
-    rows = {text_model: list(measure(text_model, sizes)) for text_model in TEXT_CONFIGS}
+    rows = {text_model: list(measure(text_model, sizes)) for text_model in VICUNA}
     claim = paper_claim()
     if arguments.json:
         records = [to_record(row) for model_rows in rows.values() for row in model_rows]

@@ -59,6 +59,11 @@ def _clear_errors() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
+def _check_installed(what: str, extra: str, *packages: str) -> None:
+    if any(find_spec(package) is None for package in packages):
+        raise ValueError(f"{what} needs {' and '.join(packages)}: `pip install 'llava-family[{extra}]'`.")
+
+
 @app.command()
 def generate(
     model: ModelOption,
@@ -90,8 +95,7 @@ def routing(
 ) -> None:
     """Report which experts a sparse model sends the tokens of images, prompt and answer to."""
     with _clear_errors():
-        if find_spec("matplotlib") is None:
-            raise ValueError("The report needs matplotlib: `pip install 'llava-family[plot]'`.")
+        _check_installed("The report", "plot", "matplotlib")
         from .inspection.routing_report import check_output_file
 
         check_output_file(output, force)
@@ -112,8 +116,7 @@ def explain(
     """Show how an image becomes tokens, and what that costs beside LLaVA-1.5 and LLaVA-NeXT; weights are not read."""
     with _clear_errors():
         if output:
-            if find_spec("matplotlib") is None:
-                raise ValueError("The picture needs matplotlib: `pip install 'llava-family[plot]'`.")
+            _check_installed("The picture", "plot", "matplotlib")
             from .inspection.routing_report import check_output_file
 
             check_output_file(output, force)
@@ -131,8 +134,7 @@ def demo(
 ) -> None:
     """Ask a model about images in the browser, and see what it does with them; Ctrl-C ends."""
     with _clear_errors(), suppress(KeyboardInterrupt):
-        if find_spec("gradio") is None or find_spec("matplotlib") is None:
-            raise ValueError("The demo needs gradio and matplotlib: `pip install 'llava-family[demo]'`.")
+        _check_installed("The demo", "demo", "gradio", "matplotlib")
         from .demo.chat import Chat
         from .demo.page import build_page, check_port, serve
         from .generating import load_model

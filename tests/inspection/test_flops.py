@@ -224,7 +224,7 @@ def test_benchmark_rows_agree_with_the_claim(benchmark_flops):
 
 @pytest.mark.slow
 def test_benchmark_prints(benchmark_flops, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_flops, "TEXT_CONFIGS", {"13B": {**TINY_TEXT, "hidden_size": 256}})
+    monkeypatch.setattr(benchmark_flops, "VICUNA", {"13B": {**TINY_TEXT, "hidden_size": 256}})
     monkeypatch.setattr(benchmark_flops, "IMAGE_SIZES", ((336, 336), (672, 1008)))
     monkeypatch.setattr(sys, "argv", ["flops.py", "--json"])
     benchmark_flops.main()

@@ -22,25 +22,32 @@ class Published:
     scores: Mapping[str, Mapping[str, float]]
 
 
+def _scores(
+    gqa: float, scienceqa: float, textvqa: float, pope: float, mmbench: float
+) -> dict[str, Mapping[str, float]]:
+    """As papers print them: POPE is a mean F1, ScienceQA that with images."""
+    return {
+        "gqa": {"accuracy": gqa},
+        "scienceqa": {"accuracy, with image": scienceqa},
+        "textvqa": {"accuracy": textvqa},
+        "pope": {"F1": pope},
+        "mmbench": {"CircularEval": mmbench},
+    }
+
+
 # (accuracy, F1, yes ratio) for adversarial, popular and random questions
 Pope = tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]
 
 
 def _moe(gqa: float, scienceqa: float, textvqa: float, pope: float, mmbench: float, by_category: Pope) -> Published:
-    """Table 3 and table 4 of the paper. POPE in table 3 is a mean F1, ScienceQA that with images."""
+    """Table 3 and table 4 of the paper."""
     pope_scores = {"F1": pope}
     for category, values in zip(("adversarial", "popular", "random"), by_category, strict=True):
         for name, value in zip(("accuracy", "F1", "yes ratio"), values, strict=True):
             pope_scores[f"{name}, {category}"] = value
     return Published(
         "MoE-LLaVA, arXiv 2401.15947, tables 3 and 4; with the noise of a router that draws the second expert",
-        {
-            "gqa": {"accuracy": gqa},
-            "scienceqa": {"accuracy, with image": scienceqa},
-            "textvqa": {"accuracy": textvqa},
-            "pope": pope_scores,
-            "mmbench": {"CircularEval": mmbench},
-        },
+        {**_scores(gqa, scienceqa, textvqa, pope, mmbench), "pope": pope_scores},
     )
 
 
@@ -68,32 +75,8 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     "llava-uhd-64-13b": Published(
         "LLaVA-UHD, arXiv 2403.11703v1, 64 tokens per view, never released; second-hand, MMBench from memory",
-        {
-            "gqa": {"accuracy": 65.2},
-            "scienceqa": {"accuracy, with image": 72.0},
-            "textvqa": {"accuracy": 67.7},
-            "pope": {"F1": 89.1},
-            "mmbench": {"CircularEval": 68.0},
-        },
+        _scores(65.2, 72.0, 67.7, 89.1, 68.0),
     ),
-    "llava-1.5-7b": Published(
-        LLAVA,
-        {
-            "gqa": {"accuracy": 62.0},
-            "scienceqa": {"accuracy, with image": 66.8},
-            "textvqa": {"accuracy": 58.2},
-            "pope": {"F1": 85.9},
-            "mmbench": {"CircularEval": 64.3},
-        },
-    ),
-    "llava-1.5-13b": Published(
-        LLAVA,
-        {
-            "gqa": {"accuracy": 63.3},
-            "scienceqa": {"accuracy, with image": 71.6},
-            "textvqa": {"accuracy": 61.3},
-            "pope": {"F1": 85.9},
-            "mmbench": {"CircularEval": 67.7},
-        },
-    ),
+    "llava-1.5-7b": Published(LLAVA, _scores(62.0, 66.8, 58.2, 85.9, 64.3)),
+    "llava-1.5-13b": Published(LLAVA, _scores(63.3, 71.6, 61.3, 85.9, 67.7)),
 }
