@@ -105,6 +105,7 @@ def test_panels(chats, group):
     updates = ask(chats[group], user(RED, *names))
     views = "its slices and its overview" if group == "uhd" else "as the square view that is encoded"
     assert [name.split(views)[0].rstrip(" :") for name in pictures_in(updates[0].views)] == ["Image 1", "Image 2"]
+    assert updates[0].views.count('class="view"') == (0 if group == "uhd" else len(names))  # which is drawn smaller
     assert all(update.views is None for update in updates[1:])
     if group == "uhd":
         assert all(update.routing is None for update in updates)
