@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from playwright.sync_api import expect, sync_playwright
 
 from .serving import running_demo
 
@@ -32,6 +33,8 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 TIMEOUT = 60_000  # milliseconds
+expect.set_options(timeout=TIMEOUT)
+LENGTH = "number input for Longest answer, in tokens"
 
 pytestmark = pytest.mark.slow
 
@@ -45,8 +48,6 @@ def opened(arguments, width=1280):
         if os.environ.get("LLAVA_BROWSER") == "1":  # as in CI
             pytest.fail(reason)
         pytest.skip(reason)
-    from playwright.sync_api import sync_playwright
-
     hosts, problems = set(), []
     with running_demo(["demo", *arguments]) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=ARGUMENTS)
@@ -72,16 +73,26 @@ def ask(page, question, *files):
     field.press("Enter")
 
 
-def wait_for_answer(page, text):
-    page.locator("#conversation .bot.message", has_text=text).last.wait_for()
-    page.get_by_label("Submit").wait_for()
+def wait_for_answers(page, *patterns):
+    """That the model's messages are these and no more, the last one complete.
+
+    The page must not have looked the same before: a state from before would be taken for the one that is waited for.
+    """
+    texts = [re.compile(rf"^\s*{pattern}\s*$") for pattern in patterns]
+    expect(page.locator("#conversation .bot.message")).to_have_text(texts)
+    expect(page.get_by_label("Submit")).to_be_visible()
+
+
+def clear(page):
+    page.get_by_label("Clear").click()
+    expect(page.locator("#conversation .bot.message")).to_have_count(0)
+    expect(page.get_by_text("Shown when you have asked about an image.")).to_be_visible()
 
 
 def wait_for_picture(page, name):
     """That it is there, and that the browser can show it."""
-    picture = page.get_by_alt_text(name)
-    picture.first.wait_for()
-    assert picture.first.evaluate("image => image.naturalWidth") > 60
+    picture = page.get_by_alt_text(name).first
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 60
 
 
 def luminance(element, name):
@@ -102,35 +113,35 @@ def test_slices(tmp_path):
     first, second = QUESTIONS["uhd"][:2]
     with opened(["--model", os.path.relpath(CHECKPOINTS / "llava-uhd-miniature")]) as page:
         ask(page, first["question"], first["image"])
-        wait_for_answer(page, first["answer"])
+        wait_for_answers(page, first["answer"])
         wait_for_picture(page, "Image 1: its slices and its overview")
-        assert page.get_by_alt_text(first["image"]).count() == 1
-        assert not page.get_by_role("heading", name="Routing").is_visible()
+        expect(page.get_by_alt_text(first["image"])).to_have_count(1)
+        expect(page.get_by_role("heading", name="Routing")).to_be_hidden()
         keep(page, "slices")
-        # again, and then what is no image
+        # once more, but shorter, and then what is no image
+        page.get_by_text("Decoding").click()
+        page.get_by_label(LENGTH).fill("2")  # a space and one digit
         page.get_by_label("Retry").click()
-        wait_for_answer(page, first["answer"])
-        assert page.locator("#conversation .bot.message").count() == 1
+        wait_for_answers(page, first["answer"][0])
         broken = tmp_path / "notes.png"
         broken.write_text("no image")
         ask(page, "What?", broken)
-        wait_for_answer(page, "notes.png is not an image")
-        page.get_by_label("Clear").click()
-        page.get_by_text("Shown when you have asked about an image.").wait_for()
+        wait_for_answers(page, first["answer"][0], "Error: notes.png is not an image.*")
+        clear(page)
+        page.get_by_label(LENGTH).fill("8")
         ask(page, second["question"], second["image"])
-        wait_for_answer(page, second["answer"])
+        wait_for_answers(page, second["answer"])
 
 
 def test_routing():
     first, second = QUESTIONS["moe"][:2]
     with opened(["--model", os.path.relpath(CHECKPOINTS / "moe-llava-miniature")]) as page:
         ask(page, first["question"], first["image"])
-        wait_for_answer(page, first["answer"])
+        wait_for_answers(page, first["answer"])
         wait_for_picture(page, "Image 1: map of the first-choice expert")
         wait_for_picture(page, "Stacked bars")
         keep(page, "routing-moe")
-        page.get_by_label("Clear").click()
-        page.get_by_text("Shown when you have asked about an image.").wait_for()
+        clear(page)
         ask(page, second["question"], first["image"], second["image"])
         wait_for_picture(page, "Image 2: map of the first-choice expert")
         wait_for_picture(page, "Image 2 as the square view")
@@ -138,11 +149,14 @@ def test_routing():
 
 @pytest.fixture
 def endless_checkpoint(tmp_path):
-    """An original checkpoint of random weights that never says the token that ends an answer."""
+    """An original checkpoint of random weights that never says the token that ends an answer, and is slow.
+
+    Without a cache the whole conversation is read again for every token, so that its thousand take half a minute.
+    """
     folder = shutil.copytree(UHD / "original_checkpoint", tmp_path / "endless")
     file = folder / "generation_config.json"
     config = json.loads(file.read_text("utf-8"))
-    file.write_text(json.dumps({**config, "suppress_tokens": [config["eos_token_id"]]}), "utf-8")
+    file.write_text(json.dumps({**config, "suppress_tokens": [config["eos_token_id"]], "use_cache": False}), "utf-8")
     return folder
 
 
@@ -151,15 +165,16 @@ def test_stop_and_narrow_window(endless_checkpoint):
     arguments = ["--model", str(endless_checkpoint), "--vision-tower", str(UHD / "clip_vision_tower")]
     with opened([*arguments, "--dtype", "float32"], width=400) as page:
         page.get_by_text("Decoding").click()
-        page.get_by_label("number input for Longest answer, in tokens").fill("1024")
+        page.get_by_label(LENGTH).fill("1024")
         page.get_by_label("number input for Temperature").fill("1.5")
         ask(page, "What is this?", "skill_0.png")
         # More than "Loading content", which stands there before the first word
         page.wait_for_function("document.querySelector('#conversation .bot.message')?.innerText.length > 30")
         page.get_by_label("Stop").click()
-        page.get_by_label("Submit").wait_for()
+        expect(page.get_by_label("Submit")).to_be_visible()
+        page.wait_for_timeout(1000)  # for what was on its way
         answer = page.locator("#conversation .bot.message").inner_text()
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(2000)
         assert page.locator("#conversation .bot.message").inner_text() == answer
         assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
@@ -168,7 +183,7 @@ def test_routing_of_lora_experts_by_day_and_night():
     (item, *_) = QUESTIONS["mole"]
     with opened(["--model", os.path.relpath(CHECKPOINTS / "llava-mole-miniature")]) as page:
         ask(page, item["question"], item["image"])
-        wait_for_answer(page, item["answer"])
+        wait_for_answers(page, item["answer"])
         wait_for_picture(page, "Image 1: map of the first-choice expert")
         keep(page, "routing-mole")
         check_contrast(page)
