@@ -277,6 +277,14 @@ def test_a_failing_generation_is_answered(chats, monkeypatch):
     assert ask(chat, user(RED, "skill_0.png"))[-1].text == "52"
 
 
+def test_an_answer_without_text_is_said_to_be_one(chats):
+    question = user(RED, "elongated_0.png")
+    *_, (history, _, _) = answer_question(chats["uhd"], [question], 1, 0.0)  # a space
+    assert history[-1]["content"] == "(an answer without text)"
+    answer = {**assistant(history[-1]["content"]), "metadata": history[-1]["metadata"]}
+    assert read_conversation([question, answer, user(GREEN)])[1]["content"] == assistant("")["content"]
+
+
 def test_a_question_needs_words():
     with pytest.raises(Exception, match="Type a question"):
         add_question({"text": " ", "files": ["a.png"]}, [])

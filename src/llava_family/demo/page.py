@@ -24,6 +24,8 @@ TITLES = {"llava_uhd": "LLaVA-UHD", "moe_llava": "MoE-LLaVA", "llava_mole": "LLa
 MAX_FILE_SIZE = "50mb"
 # Of messages that say what went wrong: the model does not get them, nor the questions that they answer.
 ERROR = "error"
+# Of messages in place of an answer without text, which would be an empty bubble: the model gets the empty answer.
+EMPTY = "empty"
 
 CSS = """
 .gradio-container > main { max-width: 90rem; margin: 0 auto; }
@@ -134,7 +136,8 @@ def answer_question(
 ) -> Iterator[tuple]:
     """Streams the conversation with the answer to its last question, and the two panels.
 
-    What goes wrong, as with a bad image or without memory, becomes the answer, and the page goes on.
+    What goes wrong, as with a bad image or without memory, becomes the answer, and the page goes on. An answer without
+    text is said to be one.
 
     Args:
         chat (`Chat`): Which answers.
@@ -144,13 +147,17 @@ def answer_question(
     """
     try:
         for update in chat.answer(read_conversation(history), int(max_new_tokens), temperature):
-            message = {"role": "assistant", "content": update.text}
             panels = (gr.skip() if panel is None else panel for panel in (update.views, update.routing))
-            yield [*history, message], *panels
+            yield [*history, _answer(update.text)], *panels
+        if not update.text:
+            yield [*history, _answer("(an answer without text)", EMPTY)], gr.skip(), gr.skip()
     except Exception as error:
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        failure = {"role": "assistant", "content": f"Error: {text}", "metadata": {"id": ERROR}}
-        yield [*history, failure], gr.skip(), ROUTING_EMPTY
+        yield [*history, _answer(f"Error: {text}", ERROR)], gr.skip(), ROUTING_EMPTY
+
+
+def _answer(text: str, kind: str | None = None) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, "metadata": {"id": kind} if kind else None}
 
 
 def add_question(question: dict[str, Any], history: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
@@ -186,7 +193,7 @@ def end_conversation() -> tuple:
 def read_conversation(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages for a chat template, with the images of the uploaded files.
 
-    Questions that were answered by an error are left out, with their images.
+    Questions that were answered by an error are left out, with their images. An answer without text is empty.
 
     Args:
         history (`list[dict]`): What a `gradio.Chatbot` gives: each message's content is a list of files and texts.
@@ -199,13 +206,14 @@ def read_conversation(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     messages: list[dict[str, Any]] = []
     for message in history:
-        if (message.get("metadata") or {}).get("id") == ERROR:
+        kind = (message.get("metadata") or {}).get("id")
+        if kind == ERROR:
             messages.pop()
             continue
         content = [
             {"type": "image", "image": item["file"]["path"]}
             if item["type"] == "file"
-            else {"type": "text", "text": item["text"]}
+            else {"type": "text", "text": "" if kind == EMPTY else item["text"]}
             for item in message["content"]
         ]
         messages.append({"role": message["role"], "content": content})
