@@ -19,7 +19,7 @@ CHECKPOINTING = {"activation_checkpointing": True, "ddp_find_unused_parameters":
 GROUPED = {"group_by_modality_length": True}
 # Steps 14 to 30 are in the second epoch of 24 samples.
 RESUMED = {"max_steps": 30, "save_strategy": "steps", "save_steps": 14}
-# One launch for all of them, importing takes longer than training. The last one changes what accelerate takes CPUs for.
+# One launch for all of them: importing takes longer than training. The last changes what accelerate takes CPUs for.
 WAYS = ("ddp", "checkpointing", "grouped", "resumed", "fsdp2")
 
 
