@@ -1,6 +1,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest -q
+# Two workers, each with half of the files in their order: what a file's tests share is made once, not by both.
+WORKERS := -n 2 --dist worksteal
 
 # Of the demo's page, by name: gradio asks for a Pillow below 13, which resizes some images otherwise than the one that
 # the goldens were made with. It runs with 13 too.
@@ -25,7 +27,7 @@ docs: .venv/.installed
 # One thread per worker: two workers with a thread pool each only get in each other's way.
 # Ten failures end it: if tests hang, each up to its time limit, their names must still be printed.
 test: .venv/.installed .venv/.quantise .venv/.lmms-eval
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --maxfail 10
+	OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) --maxfail 10
 
 # Also what CI has no time for, but for mutation testing
 test-all: export RUN_SLOW := 1
@@ -33,7 +35,7 @@ test-all: export LLAVA_WHOLE := 1
 test-all: lint test-transformers coverage
 
 check: lint .venv/.quantise
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -x -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) -x -m "not slow"
 
 lint: .venv/.installed
 	.venv/bin/ruff check --output-format concise .
@@ -55,7 +57,7 @@ conformance: .venv/.installed
 
 # All tests; fails if they run less of the package than pyproject.toml asks for.
 coverage: .venv/.installed .venv/.quantise .venv/.lmms-eval
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --maxfail 10 --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(PYTEST) $(WORKERS) --maxfail 10 --cov --cov-report=term
 
 mutate: .venv/.mutate
 	OMP_NUM_THREADS=1 $(PY) tests/mutation/mutate.py

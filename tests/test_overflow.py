@@ -113,6 +113,7 @@ def test_activations_are_scaled(name, model, scaled):
     assert normalised[-1].norm() > 0.9 * SCALE * plain[-1].norm()  # what the last norm gives
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("what", "attention"), [("stream", "sdpa"), ("stream", "eager"), ("normalised", "sdpa"), ("normalised", "eager")]

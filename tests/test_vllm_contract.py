@@ -499,6 +499,7 @@ def extended(folder):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS[:-1])
 def test_a_request_with_an_image_gives_the_logits_of_the_model(checkpoint, converted, tmp_path):
     folder = converted[checkpoint]

@@ -70,6 +70,7 @@ def test_greedy_generation(goldens, golden_model, mode, case, penalty):
     assert [1, *generated[0, inputs["input_ids"].shape[1] :].tolist()] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_beam_search(goldens, golden_model, mode, case):
     expected = goldens.cases[case][f"{mode}_generated_rep1_beam3"]

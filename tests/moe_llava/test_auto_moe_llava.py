@@ -23,6 +23,7 @@ from llava_family import MoeLlavaConfig, MoeLlavaForCausalLM, MoeLlavaModel, Moe
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "moe_llava"
 
 
+@pytest.mark.slow
 def test_auto_classes(checkpoint):
     assert type(AutoConfig.from_pretrained(checkpoint)) is MoeLlavaConfig
     model, report = AutoModel.from_pretrained(checkpoint, output_loading_info=True)

@@ -71,6 +71,7 @@ def answer_of(model, processor):
     return ask(model, processor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["phi", "stablelm", "qwen2"])
 @pytest.mark.parametrize("siglip", [False, True], ids=["clip", "siglip"])
 def test_moe_llava(composing, parts, backbone, siglip):
