@@ -72,8 +72,8 @@ def add_files(page, *files):
 def set_number(page, label, number):
     """Under "Decoding", which must have been opened before the server did something else.
 
-    gradio writes the default into a field once more, some 50 ms after it has appeared. People are slower than that, this
-    is not.
+    gradio writes the default into a field once more, some 50 ms after it has appeared. People are slower than that,
+    this is not.
     """
     field = page.get_by_label(f"number input for {label}")
     field.fill(number)
